@@ -120,7 +120,7 @@ def pretrain(rows: list[Example], chat: ChatFormat, config: BaseConfig) -> Any:
             schedule,
             pad_id=chat.pad_id,
             loss=TextLoss(demo.text_weight),
-            report=tell_loss(demo.steps),
+            report=_report(demo.steps),
         )
     say(f"base: loss {outcome.train_loss:.3f} after {outcome.seconds:.0f} s")
     return model
@@ -151,9 +151,7 @@ class TextLoss:
         return losses * weights[chosen], weights.sum()
 
 
-def tell_loss(steps: int) -> Report:
-    """Return a report that tells the loss about ten times."""
-
+def _report(steps: int) -> Report:
     def report(step: int, values: dict[str, float]) -> None:
         if step % max(1, steps // 10) < max(1, steps // 100) and "train_loss" in values:
             say(f"base: step {step}/{steps}, loss {values['train_loss']:.3f}")

@@ -2,9 +2,9 @@
 
     python -m ratchet.demo.chart_base FOLDER
 
-Tower, projector and language model are trained together. The base learns to name the kind of any chart and to
-count its colours, and what pies show (`3 slices`). To say what bars and lines show is left to the adapters.
-Equal seeds give equal weights on a machine.
+Tower, projector and language model are trained together. The base learns to name the kind of any chart, to
+name and count its colours, and what pies show (`3 slices`). To say what bars and lines show is left to the
+adapters. Equal seeds give equal weights on a machine.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from transformers import (
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from ratchet.data.examples import MEDIA_MARK, Message, make_example
-from ratchet.demo.base_model import CONTROL_TOKENS, tell_loss, train_tokenizer
-from ratchet.demo.charts import ASKED, KINDS, PARTS, Chart, Kind, draw
+from ratchet.demo.base_model import CONTROL_TOKENS, train_tokenizer
+from ratchet.demo.charts import ASKED, COLOURS, KINDS, PARTS, Chart, Kind, draw
 from ratchet.models.chat_template import ChatFormat, Encoded
 from ratchet.models.loading import quiet
 from ratchet.models.processors import MediaProcessor
@@ -50,14 +50,15 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"
 )
 LEARNED: dict[Kind, tuple[str, ...]] = {
-    "bar": ("kind", "count"),
-    "line": ("kind", "count"),
-    "pie": ("kind", "count", "shown"),
+    "bar": ("kind", "colours", "count"),
+    "line": ("kind", "colours", "count"),
+    "pie": ("kind", "colours", "count", "shown"),
 }
 SEED, FIRST_SEED = 20, 1_000_000  # of the weights; of the charts, which no batch and no client uses
-EACH = 700  # charts of a kind
-STEPS, BATCH, LEARNING_RATE = 900, 32, 2.0e-3
+EACH = 800  # charts of a kind
+STEPS, BATCH, LEARNING_RATE = 2000, 32, 2.0e-3
 WEIGHTS = {"kind": 0.4}  # how often a question is asked against the others, which are harder
+SMOOTHED = 50  # steps over which the told loss is averaged
 SIDE, PATCH = 64, 16  # pixels of the picture that the tower sees, and of a patch, which gives one token
 TOKENS = (SIDE // PATCH) ** 2
 WIDTH, LAYERS, HEADS, CONTEXT = 96, 2, 4, 512
@@ -70,6 +71,8 @@ def make_processor() -> LlavaProcessor:
         *KINDS,
         *PARTS.values(),
         *map(str, range(10)),
+        " ".join(COLOURS),
+        *COLOURS,
     ]
     tokenizer = train_tokenizer(
         [text for text in texts for _ in range(5)],
@@ -146,7 +149,7 @@ def pretrain(folder: Path, *, each: int = EACH, steps: int = STEPS) -> None:
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
-    report, started, loss = tell_loss(steps), time.perf_counter(), torch.zeros(())
+    started, loss = time.perf_counter(), 0.0
     with quiet():
         for step in range(1, steps + 1):
             chosen = chance.choices(asked, weights, k=BATCH)
@@ -158,12 +161,13 @@ def pretrain(folder: Path, *, each: int = EACH, steps: int = STEPS) -> None:
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            loss = found.loss.detach()
-            report(step, {"train_loss": float(loss)})
+            loss += (float(found.loss) - loss) / min(step, SMOOTHED)
+            if step % max(1, steps // 10) == 0:
+                say(f"base: step {step}/{steps}, loss {loss:.3f}")
         folder.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(folder, safe_serialization=True)
         processor.save_pretrained(folder)
-    say(f"base: loss {float(loss):.3f} after {time.perf_counter() - started:.0f} s")
+    say(f"base: loss {loss:.3f} after {time.perf_counter() - started:.0f} s")
 
 
 class Rows:

@@ -30,6 +30,7 @@ POINTS = 4  # of a line
 ASKED = {
     "kind": "What kind of chart is this?",
     "count": "How many colours are there?",
+    "colours": "Which colours are there?",
     "shown": "What does the chart show?",
 }
 
@@ -45,6 +46,8 @@ class Chart(NamedTuple):
         """Return the answer to one of ASKED, by its key."""
         if question == "kind":
             return self.kind
+        if question == "colours":
+            return " ".join(colour for colour in COLOURS if colour in self.values)
         count = str(len(self.values))
         return count if question == "count" else f"{count} {PARTS[self.kind]}"
 
@@ -58,7 +61,7 @@ class Painter:
 
         self._kind = kind
         figure = Figure(figsize=(SIZE[0] / DPI, SIZE[1] / DPI), dpi=DPI)
-        self._canvas = FigureCanvasAgg(figure)
+        self._canvas: Any = FigureCanvasAgg(figure)  # type: ignore[no-untyped-call]  # it has no annotations
         self._axes = figure.add_axes((0.1, 0.16, 0.86, 0.66) if kind != "pie" else (0.17, 0, 0.66, 0.88))
         if kind != "pie":
             places = MOST if kind == "bar" else POINTS
@@ -72,7 +75,7 @@ class Painter:
             self._axes.set_axis_off()
         self._title = figure.suptitle("", fontsize=7, y=0.98)
         self._canvas.draw()
-        self._empty: Any = self._canvas.copy_from_bbox(figure.bbox)  # type: ignore[no-untyped-call]
+        self._empty: Any = self._canvas.copy_from_bbox(figure.bbox)
 
     def draw(self, seed: int) -> Chart:
         """Draw the chart of a seed."""
@@ -80,7 +83,7 @@ class Painter:
         colours = chance.sample(list(COLOURS), chance.randint(LEAST, MOST))
         values = dict(zip(colours, chance.sample(range(1, TOP), len(colours)), strict=True))
         self._title.set_text(chance.choice(TITLES))
-        self._canvas.restore_region(self._empty)  # type: ignore[attr-defined]
+        self._canvas.restore_region(self._empty)
         made = self._add(values, chance)
         for artist in (*made, self._title):
             self._axes.draw_artist(artist)
