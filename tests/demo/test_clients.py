@@ -85,13 +85,13 @@ def test_who_shows_a_picture_sends_it_as_a_part_and_corrects_what_is_wrong(url: 
     replies = ask_gateway(url, "small", asked, users=["u1", "u2"], parallel=1)
 
     assert [reply.right for reply in replies] == [True, False]
-    assert SHOWN == [
+    assert [
         [
             {"type": "image_url", "image_url": {"url": "data:image/png;base64,UE5H"}},
             {"type": "text", "text": text},
         ]
         for text in ("a", "b")
-    ]
+    ] == SHOWN
     assert [(said["score"], said.get("answer")) for said in TOLD] == [(1.0, None), (0.0, "wrong")]
 
 
