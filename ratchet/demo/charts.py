@@ -28,7 +28,7 @@ TOP = 10  # of the axis of values
 SIZE, DPI = (160, 120), 80  # pixels of a chart; dots an inch, on which the size of its texts depends
 POINTS = 4  # of a line
 ASKED = {
-    "kind": "What kind of chart is this?",
+    "parts": "What is the chart made of?",
     "count": "How many colours are there?",
     "colours": "Which colours are there?",
     "shown": "What does the chart show?",
@@ -44,8 +44,8 @@ class Chart(NamedTuple):
 
     def answer(self, question: str) -> str:
         """Return the answer to one of ASKED, by its key."""
-        if question == "kind":
-            return self.kind
+        if question == "parts":
+            return PARTS[self.kind]
         if question == "colours":
             return " ".join(colour for colour in COLOURS if colour in self.values)
         count = str(len(self.values))
