@@ -75,7 +75,7 @@ def make_processor() -> LlavaProcessor:
         chat_template=CHAT_TEMPLATE,
         control=(*CONTROL_TOKENS, IMAGE),
     )
-    return LlavaProcessor(
+    return LlavaProcessor(  # type: ignore[no-untyped-call]  # its class has no annotations
         SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE}),
         tokenizer,
         patch_size=PATCH,
@@ -88,7 +88,7 @@ def make_processor() -> LlavaProcessor:
 
 def make_model(tokenizer: Any) -> LlavaForConditionalGeneration:
     """Make the model with random weights."""
-    layers = {"num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
+    layers: dict[str, Any] = {"num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
     return LlavaForConditionalGeneration(
         LlavaConfig(
             vision_config=SiglipVisionConfig(

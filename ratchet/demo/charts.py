@@ -56,12 +56,11 @@ class Painter:
     """Draws charts of one kind."""
 
     def __init__(self, kind: Kind) -> None:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
         self._kind = kind
         figure = Figure(figsize=(SIZE[0] / DPI, SIZE[1] / DPI), dpi=DPI)
-        self._canvas: Any = FigureCanvasAgg(figure)  # type: ignore[no-untyped-call]  # it has no annotations
+        self._canvas = _canvas(figure)
         self._axes = figure.add_axes((0.1, 0.16, 0.86, 0.66) if kind != "pie" else (0.17, 0, 0.66, 0.88))
         if kind != "pie":
             places = MOST if kind == "bar" else POINTS
@@ -113,6 +112,13 @@ def _line(end: int, low: int, high: int, chance: random.Random) -> list[float]:
     start = chance.uniform(low, high)
     way = [start + (end - start) * place / (POINTS - 1) for place in range(POINTS - 1)]
     return [*(min(max(point + chance.uniform(-0.8, 0.8), low + 0.3), high - 0.3) for point in way), end]
+
+
+def _canvas(figure: Any) -> Any:
+    """Return a canvas, whose class has no annotations."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    return FigureCanvasAgg(figure)
 
 
 def _as_image(canvas: Any) -> Any:
