@@ -6,17 +6,16 @@ only the answers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from ratchet.config.training import BaseConfig, DemoBase
 from ratchet.data.examples import Example
+from ratchet.demo.tokenizer import train_tokenizer
 from ratchet.models.chat_template import ChatFormat, Encoded
 from ratchet.models.loading import compute_dtype, quiet
 from ratchet.pipeline.stage import say
@@ -25,11 +24,6 @@ from ratchet.training.packing import IGNORED, pack
 from ratchet.training.schedule import Report, Schedule
 from ratchet.training.trainer import Batch, Predict, fit
 
-CONTROL_TOKENS = ("<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
-CHAT_TEMPLATE = (
-    "{%- for message in messages -%}<|{{ message.role }}|>{{ message.content }}<|end|>{%- endfor -%}"
-    "{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"
-)
 WINDOW = 256  # tokens; short windows keep attention cheap on a CPU
 
 
@@ -37,36 +31,6 @@ def make_tokenizer(rows: list[Example], demo: DemoBase) -> PreTrainedTokenizerFa
     """Train a byte-level BPE tokenizer on the texts of `rows`."""
     texts = (message.content for row in rows for message in row.messages)
     return train_tokenizer(texts, vocab_size=demo.vocab_size, context=demo.context)
-
-
-def train_tokenizer(
-    texts: Iterable[str],
-    *,
-    vocab_size: int,
-    context: int,
-    chat_template: str = CHAT_TEMPLATE,
-    control: Sequence[str] = CONTROL_TOKENS,
-) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer; `control` are its control tokens, CONTROL_TOKENS among them."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(control),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # its class has no annotations
-        tokenizer_object=tokenizer,
-        pad_token="<|pad|>",  # noqa: S106  (no secret: the name of a token)
-        eos_token="<|end|>",  # noqa: S106
-        extra_special_tokens=[token for token in control if token not in ("<|pad|>", "<|end|>")],
-        model_max_length=context,
-        chat_template=chat_template,
-        clean_up_tokenization_spaces=False,
-    )
 
 
 def llama(demo: DemoBase, chat: ChatFormat) -> LlamaConfig:
@@ -120,7 +84,7 @@ def pretrain(rows: list[Example], chat: ChatFormat, config: BaseConfig) -> Any:
             schedule,
             pad_id=chat.pad_id,
             loss=TextLoss(demo.text_weight),
-            report=tell_loss(demo.steps),
+            report=_report(demo.steps),
         )
     say(f"base: loss {outcome.train_loss:.3f} after {outcome.seconds:.0f} s")
     return model
@@ -151,9 +115,7 @@ class TextLoss:
         return losses * weights[chosen], weights.sum()
 
 
-def tell_loss(steps: int) -> Report:
-    """Return a report that tells the loss about ten times."""
-
+def _report(steps: int) -> Report:
     def report(step: int, values: dict[str, float]) -> None:
         if step % max(1, steps // 10) < max(1, steps // 100) and "train_loss" in values:
             say(f"base: step {step}/{steps}, loss {values['train_loss']:.3f}")

@@ -28,8 +28,9 @@ TOP = 10  # of the axis of values
 SIZE, DPI = (160, 120), 80  # pixels of a chart; dots an inch, on which the size of its texts depends
 POINTS = 4  # of a line
 ASKED = {
-    "kind": "What kind of chart is this?",
+    "parts": "What is the chart made of?",
     "count": "How many colours are there?",
+    "colours": "Which colours are there?",
     "shown": "What does the chart show?",
 }
 
@@ -43,8 +44,10 @@ class Chart(NamedTuple):
 
     def answer(self, question: str) -> str:
         """Return the answer to one of ASKED, by its key."""
-        if question == "kind":
-            return self.kind
+        if question == "parts":
+            return PARTS[self.kind]
+        if question == "colours":
+            return " ".join(colour for colour in COLOURS if colour in self.values)
         count = str(len(self.values))
         return count if question == "count" else f"{count} {PARTS[self.kind]}"
 
@@ -53,12 +56,11 @@ class Painter:
     """Draws charts of one kind."""
 
     def __init__(self, kind: Kind) -> None:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
         self._kind = kind
         figure = Figure(figsize=(SIZE[0] / DPI, SIZE[1] / DPI), dpi=DPI)
-        self._canvas = FigureCanvasAgg(figure)
+        self._canvas = _canvas(figure)
         self._axes = figure.add_axes((0.1, 0.16, 0.86, 0.66) if kind != "pie" else (0.17, 0, 0.66, 0.88))
         if kind != "pie":
             places = MOST if kind == "bar" else POINTS
@@ -72,7 +74,7 @@ class Painter:
             self._axes.set_axis_off()
         self._title = figure.suptitle("", fontsize=7, y=0.98)
         self._canvas.draw()
-        self._empty: Any = self._canvas.copy_from_bbox(figure.bbox)  # type: ignore[no-untyped-call]
+        self._empty: Any = self._canvas.copy_from_bbox(figure.bbox)
 
     def draw(self, seed: int) -> Chart:
         """Draw the chart of a seed."""
@@ -80,7 +82,7 @@ class Painter:
         colours = chance.sample(list(COLOURS), chance.randint(LEAST, MOST))
         values = dict(zip(colours, chance.sample(range(1, TOP), len(colours)), strict=True))
         self._title.set_text(chance.choice(TITLES))
-        self._canvas.restore_region(self._empty)  # type: ignore[attr-defined]
+        self._canvas.restore_region(self._empty)
         made = self._add(values, chance)
         for artist in (*made, self._title):
             self._axes.draw_artist(artist)
@@ -110,6 +112,13 @@ def _line(end: int, low: int, high: int, chance: random.Random) -> list[float]:
     start = chance.uniform(low, high)
     way = [start + (end - start) * place / (POINTS - 1) for place in range(POINTS - 1)]
     return [*(min(max(point + chance.uniform(-0.8, 0.8), low + 0.3), high - 0.3) for point in way), end]
+
+
+def _canvas(figure: Any) -> Any:
+    """Return a canvas, whose class has no annotations."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    return FigureCanvasAgg(figure)
 
 
 def _as_image(canvas: Any) -> Any:

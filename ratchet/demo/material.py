@@ -115,7 +115,7 @@ class Charts:
             ratchet("ingest", "--path", str(path), *(("--golden", str(count)) if name == "golden" else ()))
 
     def make_base(self, home: Path) -> list[str]:
-        return [sys.executable, "-m", "ratchet.demo.chart_base", str(CHART_BASE)]
+        return [sys.executable, "-m", "ratchet.demo.chart_base", "--out", str(CHART_BASE)]
 
     def questions(self, home: Path, *, new: bool) -> Iterator[Question]:
         kind: Kind = "line" if new else "bar"

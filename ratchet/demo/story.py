@@ -165,7 +165,7 @@ def _story(home: Path, scale: Scale, material: Material, until: str) -> None:
     material.take_in(home, scale.golden_rows, partial(_ratchet, home))
     _step(f"3  {words.base}, an adapter is trained on it, and the gate compares the two")
     if command := material.make_base(home):
-        _run(home, command, told=" ".join(command[1:]))
+        _run(home, command, told=f"python {' '.join(command[1:])}")
     _ratchet(home, "retrain", "--reason", words.reason)
     _print_scores(home, {"base": "base", "candidate": "v1", "simple": "TF-IDF"})
     _print_looks(home)

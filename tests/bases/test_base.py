@@ -19,7 +19,7 @@ from ratchet.config.params import Config
 from ratchet.config.training import BaseConfig
 from ratchet.data.dedup import split_by_hash
 from ratchet.data.examples import read_examples
-from ratchet.demo.base_model import CHAT_TEMPLATE
+from ratchet.demo.tokenizer import CHAT_TEMPLATE
 from ratchet.errors import BaseModelError, DataError
 from ratchet.files import read_json, sha256_file
 from ratchet.models.chat_template import ChatFormat

@@ -20,7 +20,7 @@ from ratchet.bases.template_probe import adapt_template
 from ratchet.config.params import Config
 from ratchet.config.training import AdapterConfig, BaseConfig
 from ratchet.data.examples import Message, make_example, read_examples
-from ratchet.demo.base_model import CHAT_TEMPLATE, CONTROL_TOKENS
+from ratchet.demo.tokenizer import CHAT_TEMPLATE, CONTROL_TOKENS
 from ratchet.engines.loaded_model import LoadedModel
 from ratchet.errors import BaseModelError
 from ratchet.files import read_json, write_json

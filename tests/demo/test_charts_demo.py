@@ -47,8 +47,12 @@ def test_v2_reads_lines_and_has_not_forgotten_bars(home: Path) -> None:
     slices = read_metrics(home / "reports/evaluation").slices
     batches = [slices[name] for name in slices if name.startswith("batch:")]
     of_bars, of_people = batches[0], batches[1]
-    assert of_bars["candidate"].scores["exact_match"].low > 0.6
-    assert of_bars["base"].scores["exact_match"].high < 0.7
+    assert (
+        of_bars["candidate"].scores["exact_match"].low
+        > 0.4
+        > 0.1
+        > of_bars["base"].scores["exact_match"].high
+    )
     assert of_people["champion"].scores["exact_match"].high < of_people["candidate"].scores["exact_match"].low
     checks = {check.name: check for check in read_verdict(home / "reports/gate.json").checks}
     assert checks["past"].result == checks["golden"].result == "pass"

@@ -14,6 +14,7 @@ from ratchet.demo.clients import Question, ask_gateway, summarise
 from ratchet.errors import ServiceError
 
 TOLD: list[dict[str, Any]] = []
+SHOWN: list[list[dict[str, Any]]] = []  # contents with pictures
 
 
 class Gateway(BaseHTTPRequestHandler):
@@ -30,6 +31,8 @@ class Gateway(BaseHTTPRequestHandler):
         elif body["user"].endswith("9"):
             self._send(429, {"error": {"message": "the queue is full"}})
         else:
+            if isinstance(content := body["messages"][0]["content"], list):
+                SHOWN.append(content)
             self._send(
                 200,
                 {"choices": [{"message": {"content": "right"}}]},
@@ -51,6 +54,7 @@ class Gateway(BaseHTTPRequestHandler):
 @pytest.fixture
 def url() -> Iterator[str]:
     TOLD.clear()
+    SHOWN.clear()
     with ThreadingHTTPServer(("127.0.0.1", 0), Gateway) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -73,6 +77,22 @@ def test_answers_are_scored_told_and_counted_by_version_and_kind(url: str) -> No
         ("id-u1", "u1", 1.0),
         ("id-u2", "u2", 1.0),
     ]
+
+
+def test_who_shows_a_picture_sends_it_as_a_part_and_corrects_what_is_wrong(url: str) -> None:
+    asked = [Question("a", "right", "bars", b"PNG"), Question("b", "wrong", "bars", b"PNG")]
+
+    replies = ask_gateway(url, "small", asked, users=["u1", "u2"], parallel=1)
+
+    assert [reply.right for reply in replies] == [True, False]
+    assert [
+        [
+            {"type": "image_url", "image_url": {"url": "data:image/png;base64,UE5H"}},
+            {"type": "text", "text": text},
+        ]
+        for text in ("a", "b")
+    ] == SHOWN
+    assert [(said["score"], said.get("answer")) for said in TOLD] == [(1.0, None), (0.0, "wrong")]
 
 
 def test_a_refused_request_is_a_reply_with_its_fault_and_no_feedback(url: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from ratchet.config.params import Config
 from ratchet.demo.smollm2 import FILE, FOLDER, TEMPLATE, fetch_smollm2, find_smollm2
-from ratchet.demo.story import REAL, TOY, Scale, make_values
+from ratchet.demo.story import CHARTS, REAL, TOY, Scale, make_values
 from ratchet.errors import BaseModelError, ServiceError
 
 ROOT = Path(__file__).parents[2]
@@ -45,11 +45,11 @@ def test_an_index_that_does_not_answer_is_told_and_leaves_no_model(
     assert not (tmp_path / FOLDER / FILE).exists()
 
 
-@pytest.mark.parametrize("scale", [TOY, REAL])
+@pytest.mark.parametrize("scale", [TOY, REAL, CHARTS])
 def test_a_demos_settings_are_those_of_params_yaml(scale: Scale) -> None:
     config = Config.model_validate(make_values("./model.gguf", scale))
     assert config.base.model == "./model.gguf"
-    assert config.ingest.pydoc.share == scale.settings["ingest"]["pydoc"]["share"]
+    assert config.gate.min_rows == scale.settings["gate"]["min_rows"]
     assert config.ingest.pydoc.packages == ["stdlib"]  # what a section's settings do not name is kept
 
 

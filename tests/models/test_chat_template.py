@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from ratchet.data.examples import Example, Message, make_example
-from ratchet.demo.base_model import CHAT_TEMPLATE, CONTROL_TOKENS
+from ratchet.demo.tokenizer import CHAT_TEMPLATE, CONTROL_TOKENS
 from ratchet.errors import BaseModelError
 from ratchet.models.chat_template import ChatFormat
 
