@@ -22,9 +22,9 @@ from ratchet.engines.answering import Row
 from ratchet.engines.loaded_model import LoadedModel
 from ratchet.engines.picture_pooling import pool
 from ratchet.errors import RatchetError, ServiceError, UserError
+from ratchet.media.names import is_sound
 from ratchet.models.cache import join, select
 from ratchet.models.chat_template import ChatFormat
-from ratchet.monitoring.picture_features import PICTURES
 from ratchet.serving.bundle import Bundle
 from ratchet.serving.engine import Scored
 
@@ -192,7 +192,7 @@ class Decoder:
         if processor is None:
             return
         image_id = processor.image_id
-        shown = [[name for name in row.media if name.endswith(PICTURES)] for row in rows]
+        shown = [[name for name in row.media if not is_sound(name)] for row in rows]
         sizes = [
             [processor.tokens_of(row.ask.media[name]).count(image_id) for name in names]
             for row, names in zip(rows, shown, strict=True)

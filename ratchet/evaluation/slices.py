@@ -17,6 +17,7 @@ import numpy as np
 from ratchet.config.evaluation import EvaluateConfig
 from ratchet.data.examples import Example
 from ratchet.errors import DataError
+from ratchet.media.names import is_sound
 from ratchet.media.pictures import size_of
 
 if TYPE_CHECKING:
@@ -25,13 +26,9 @@ if TYPE_CHECKING:
 NO_MEDIA: Mapping[str, bytes] = MappingProxyType({})
 PREFIX = "slice:"
 MODALITY, PICTURES, PICTURE_SIZE = "modality", "pictures", "picture_size"
-OF_MEDIA = (
-    MODALITY,
-    PICTURE_SIZE,
-)  # always slices where rows show pictures; PICTURES is one where it is named
+OF_MEDIA = (MODALITY, PICTURE_SIZE)  # slices wherever a row has media; PICTURES is one where it is named
 MEGAPIXELS = (0.1, 1.0)  # sizes at which the next slice by the size of pictures begins
 MOST_PICTURES = 3  # from which on the slice by their number is the same
-SUFFIXES = (".png", ".jpg")  # of pictures, among all media
 
 
 def slice_columns(
@@ -60,7 +57,7 @@ def _of_media(rows: Sequence[Example], media: Mapping[str, bytes]) -> dict[str, 
     """Return the fields that tell of the rows' pictures, or {} where no row shows any."""
     if not any(row.media for row in rows):
         return {}
-    shown = [[name for name in row.media if name.endswith(SUFFIXES)] for row in rows]
+    shown = [[name for name in row.media if not is_sound(name)] for row in rows]
     pixels = {name: math.prod(size_of(media[name])) for names in shown for name in names if name in media}
     return {
         MODALITY: [_modality(row) for row in rows],
@@ -74,7 +71,7 @@ def _of_media(rows: Sequence[Example], media: Mapping[str, bytes]) -> dict[str, 
 
 
 def _modality(row: Example) -> str:
-    kinds = {"pictures" if name.endswith(SUFFIXES) else "sound" for name in row.media}
+    kinds = {"sound" if is_sound(name) else "pictures" for name in row.media}
     return " and ".join(sorted(kinds)) or "text"
 
 

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ratchet.errors import DataError
+from ratchet.media.names import is_sound
 
 FILE = "pictures.safetensors"
 DIMENSIONS = 128
-PICTURES = (".png", ".jpg")  # how the names of pictures end
 SIDES = ("held_out", "trained")
 Vectors = NDArray[np.float32]
 
@@ -33,7 +33,7 @@ class Features(msgspec.Struct, frozen=True):
 
 def sample(names: Iterable[str], most: int) -> list[str]:
     """Return the `most` smallest names of pictures; names are hashes, so this is a random sample."""
-    return sorted({name for name in names if name.endswith(PICTURES)})[:most]
+    return sorted({name for name in names if not is_sound(name)})[:most]
 
 
 def pack(features: Vectors) -> bytes:
