@@ -153,6 +153,9 @@ def test_the_evaluation_measures_rows_with_pictures_as_each_alone(place: Place) 
 
 def test_the_engine_tells_what_the_evaluation_sees_in_each_picture(place: Place) -> None:
     ended = [end for _, end in told(place, lambda number: 1 + number % 2, gateway={"max_batch": 5})]
+    if hears(place.base):  # of recordings there are none
+        assert not any(end.features for end in ended)
+        return
     assert [set(end.features) for end in ended] == [set(row.media) for row in place.rows]
     model, processor = load_trained(place.base, place.versions[1]).eval(), load_chat(place.base).processor
     expected = measure_pictures(model, processor, place.pictures, list(place.pictures))
