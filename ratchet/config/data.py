@@ -143,11 +143,16 @@ class MediaConfig(Section):
         description="folder from which paths of pictures and recordings count, where they do not count "
         "from the folder of the file that names them; a path never leads out of it",
     )
-    hosts: list[str] = Field(
+    max_frames: Count = Field(
+        default=100,
+        description="most frames of an animated picture, of which the first is taken; a longer one is a "
+        "film, of which the first frame says little",
+    )
+    hosts: list[Annotated[str, Field(pattern=r"^[A-Za-z0-9.-]+(:[0-9]+)?$")]] = Field(
         default=[],
-        max_length=0,
-        description="hosts from which media may be fetched. It has to be empty: nothing is fetched yet, "
-        "and a row with a URL in place of a file is rejected (`media_url`)",
+        description="hosts (`cdn.example.com`, `localhost:9000`) from which pictures and recordings are "
+        "fetched, over HTTPS, or HTTP from this machine; a row with an address on any other host is rejected "
+        "(`media_url`). No redirect is followed",
     )
 
 

@@ -20,7 +20,6 @@ from ratchet.config.data import MediaConfig
 from ratchet.errors import DataError, RowError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-MOST_FRAMES = 100  # a longer animation is a film, of which the first frame says little
 GREY = {"1": "bitmap", "I;16": "depth", "I;16B": "depth", "I;16L": "depth", "I;16N": "depth", "I": "depth"}
 ALPHA = frozenset({"RGBA", "RGBa", "LA", "La", "PA"})
 BROKEN = (  # what Pillow's decoders raise for broken bytes
@@ -83,7 +82,7 @@ def read_picture(data: bytes, limits: MediaConfig, sha256: str = "") -> Picture:
     if image.format == "PNG" and data.rfind(PNG_END) < 0:  # Pillow takes a PNG that lacks its last bytes
         raise RowError("media_broken", "the picture is cut off: it has no end")
     try:
-        return _normalise(data, image, sha256)
+        return _normalise(data, image, limits, sha256)
     except RowError:
         raise
     except BROKEN as error:
@@ -129,11 +128,14 @@ def _check_size(image: Image.Image, limits: MediaConfig) -> None:
         )
 
 
-def _normalise(data: bytes, image: Image.Image, sha256: str) -> Picture:
+def _normalise(data: bytes, image: Image.Image, limits: MediaConfig, sha256: str) -> Picture:
     kind = "JPEG" if image.format == "MPO" else str(image.format)
     frames = 1 if kind == "JPEG" else getattr(image, "n_frames", 1)
-    if frames > MOST_FRAMES:
-        raise RowError("media_type", f"the picture has {frames} frames; at most {MOST_FRAMES} are taken")
+    if frames > limits.max_frames:
+        raise RowError(
+            "media_type",
+            f"the picture has {frames} frames; `ingest.media.max_frames` is {limits.max_frames}",
+        )
     image.load()
     changed = ["animation"] * (frames > 1)
     exif = image.getexif()

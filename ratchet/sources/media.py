@@ -3,7 +3,8 @@
 One that cannot be taken becomes `media-error:REASON:message`, so that preparation rejects and counts its row.
 Read are files under the folder of the rows' file, data URIs, base64, and bytes of Parquet and Arrow; of a
 recording also its samples, as `datasets` has them ({"array", "sampling_rate"}).
-Nothing is fetched from an address, and no path leads out of the folder, by a symlink either.
+Nothing is fetched from an address but from `ingest.media.hosts`, and no path leads out of the folder, by a
+symlink either.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -57,6 +58,8 @@ HELD = (  # keys of a part with its picture or recording
 )
 WORD = {False: "picture", True: "recording"}  # the key tells whether it is a recording
 SHOWN = 80  # characters of a path in a message
+HERE = ("localhost", "127.0.0.1", "::1")  # from which plain HTTP is taken
+TRIES, FETCH_SECONDS = 3, 30.0
 ReadFile = Callable[[str], bytes]
 
 
@@ -255,11 +258,7 @@ class Rows:
 
     def _from_path(self, path: str, word: str) -> bytes:
         if SCHEME.match(path) or path.startswith("//"):
-            raise RowError(
-                "media_url",
-                f"the {word} stands at an address ({path.partition(':')[0][:20]}:…); `ingest.media.hosts` "
-                f"is {self._intake.limits.hosts}, so nothing is fetched: put the files beside the rows",
-            )
+            return fetch(path, self._intake.limits, word)
         posix = path.replace("\\", "/")
         parts = PurePosixPath(posix).parts
         if not parts or posix.startswith("/") or posix[1:2] == ":" or ".." in parts or "\x00" in path:
@@ -312,6 +311,54 @@ def _lift(row: RawRow) -> RawRow:
 
 def _is_pair(pair: Any) -> bool:
     return isinstance(pair, dict) and {"user", "assistant"} <= pair.keys() <= {"user", "assistant", "source"}
+
+
+def fetch(address: str, limits: MediaConfig, word: str) -> bytes:
+    """Fetch a picture or recording from a host in `ingest.media.hosts`; `word` names what it is.
+
+    Raises RowError: `media_url` for another host or another protocol, `media_missing` for what cannot be had.
+    """
+    import httpx
+
+    try:
+        url = httpx.URL(address)
+    except (httpx.InvalidURL, ValueError):
+        url = httpx.URL("")
+    allowed = url.host in limits.hosts or f"{url.host}:{url.port}" in limits.hosts
+    if (
+        not allowed
+        or url.userinfo
+        or not (url.scheme == "https" or (url.scheme, url.host in HERE) == ("http", True))
+    ):
+        told = (
+            f"{url.scheme}://{url.netloc.rpartition(b'@')[2].decode()[:SHOWN]}" if url.host else address[:20]
+        )
+        raise RowError(
+            "media_url",
+            f"the {word} stands at an address ({told}); `ingest.media.hosts` is {limits.hosts}, and only "
+            "HTTPS to these is used: put the files beside the rows, or add the host",
+        )
+    said = ""
+    for _ in range(TRIES):
+        try:
+            with httpx.stream("GET", url, timeout=FETCH_SECONDS, follow_redirects=False) as answer:
+                if answer.status_code == httpx.codes.OK:
+                    return _up_to(answer.iter_bytes(2**16), limits.max_bytes + 1)
+                said = f"answered {answer.status_code}"
+                if not answer.is_server_error:
+                    break
+        except httpx.HTTPError as error:
+            said = f"did not answer ({type(error).__name__})"
+    raise RowError("media_missing", f"{url.host} {said} when asked for the {word} {url.path[:SHOWN]!r}")
+
+
+def _up_to(pieces: Iterable[bytes], most: int) -> bytes:
+    found = bytearray()
+    for piece in pieces:
+        found += piece[: most - len(found)]
+        if len(found) >= most:
+            break
+    return bytes(found)
 
 
 def local_reader(folder: Path, limits: MediaConfig) -> ReadFile:
