@@ -30,7 +30,7 @@ from ratchet.monitoring.retrain_budget import remember
 from ratchet.monitoring.topics import FILE as REGION
 from ratchet.monitoring.topics import Region, sources_for, write_region
 from ratchet.monitoring.verdicts import Topic
-from ratchet.pipeline.checkout import locked, who
+from ratchet.pipeline.checkout import check_lock, locked, who
 from ratchet.pipeline.dag import KEYS, STAGES
 from ratchet.pipeline.dvc import Workspace, check_out, downstream, push_data, run_stage, stale_stages
 from ratchet.pipeline.stage import project_root
@@ -95,6 +95,7 @@ def retrain(
         locked(home, "retrain"),
         open_workspace(home, "retrain", say, keep_failed=config.retrain.keep_workspaces) as workspace,
     ):
+        check_lock(home)
         if region:
             land_region(workspace, region)
         stale = bring_up_to_date(workspace, force)

@@ -63,6 +63,16 @@ def check_checkout(root: Path) -> str:
     return branch
 
 
+def check_lock(root: Path) -> None:
+    """Raise CheckoutError if dvc.lock is in the way of the one that a retraining commits."""
+    if git(root, "status", "--porcelain", "--untracked-files=all", "--", "dvc.lock").startswith("??"):
+        raise CheckoutError(
+            f"{root} has a dvc.lock that git does not know, as `dvc repro` leaves it; a retraining commits "
+            "its own",
+            remedy="git add dvc.lock && git commit -m 'Stages that ran here'; then run again",
+        )
+
+
 def trust(root: Path) -> str:
     """Return the command by which git accepts a checkout of another user."""
     return f"git config --global --add safe.directory {root}"

@@ -34,10 +34,9 @@ from ratchet.pipeline.dvc import Workspace, share_cache
 
 WORKSPACES = Path(".ratchet/workspaces")
 LANDING_TRIES = 5
-# Git's error if the checkout contains changes that the push would overwrite.
-IN_THE_WAY = re.compile(
-    r"(Working directory has (?:un)?staged changes|Untracked working tree file .*? would)"
-)
+# Git's errors if the checkout contains changes, or files unknown to it, that the push would overwrite.
+IN_THE_WAY = re.compile(r"(Working directory has (?:un)?staged changes)")
+UNKNOWN = re.compile(r"Untracked working tree file '(.*?)' would")
 
 
 @contextmanager
@@ -129,10 +128,15 @@ def _push(workspace: Workspace, tag: str | None) -> None:
             workspace.git("push", "--quiet", "--atomic", receive, "origin", *refs)
             return
         except CommandError as error:
+            if found := UNKNOWN.search(str(error)):
+                raise CheckoutError(
+                    f"{workspace.root} holds {found.group(1)}, which git does not know and this run writes",
+                    remedy=f"git add {found.group(1)} && git commit, or move it away; then run again: "
+                    "finished stages are kept in the cache",
+                ) from None
             if found := IN_THE_WAY.search(str(error)):
                 raise CheckoutError(
-                    f"{workspace.root} was changed while the run worked: "
-                    f"{found.group(1).removesuffix(' would')}",
+                    f"{workspace.root} was changed while the run worked: {found.group(1)}",
                     remedy="git commit -a or git stash there, then run again: finished stages are kept in "
                     "the cache",
                 ) from None

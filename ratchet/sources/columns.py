@@ -26,6 +26,8 @@ class Columns:
     def __init__(self, mapping: dict[str, str], extra: Collection[str] = ()) -> None:
         partners = (keys for keys in TOGETHER if keys & mapping.keys())
         self._mapping, self._kept = mapping, BESIDE.union(extra, *partners)
+        # A mapping of pictures alone says nothing of the texts: their columns have the right names, then.
+        self._all = mapping.keys() <= BESIDE
         self.mapped = tuple(mapping.values())
         self.seen: dict[str, None] = {}  # in the file's order
 
@@ -34,11 +36,15 @@ class Columns:
 
     def reads(self, column: str) -> bool:
         """Tell whether a column is taken: without a mapping, all are."""
-        return not self._mapping or column in self.mapped or column in self._kept
+        return self._all or column in self.mapped or column in self._kept
 
     def shows(self, column: str) -> bool:
         """Tell whether a column holds pictures, by its name or by the key that it becomes."""
         return column in MEDIA_KEYS or any(self._mapping.get(key) == column for key in MEDIA_KEYS)
+
+    def of_media(self, columns: Collection[str]) -> list[str]:
+        """Return the keys of pictures and recordings that the columns of a file become."""
+        return [key for key in MEDIA_KEYS if self._mapping.get(key, key) in columns]
 
     def take(self, row: RawRow) -> RawRow:
         """Rename the mapped columns, keep those whose own name has a meaning, and leave out the rest."""
@@ -49,7 +55,7 @@ class Columns:
         rest = {
             key: value
             for key, value in row.items()
-            if key in self._kept and key not in self.mapped and key not in self._mapping
+            if (self._all or key in self._kept) and key not in self.mapped and key not in self._mapping
         }
         return {**found, **rest}
 

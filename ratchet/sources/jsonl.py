@@ -161,7 +161,7 @@ def _read(stream: Stream, columns: Columns, shown: Rows | None) -> _Content:
     else:
         table = read_columnar(stream, kind, columns.reads, columns.shows if shown else _nothing)
     columns.seen.update(dict.fromkeys(table.columns))
-    lines = _encoded(table.rows, columns, stream.name, shown)
+    lines = _encoded(table.rows, columns, stream.name, shown, columns.of_media(table.columns))
     return _Content(dialect.name if dialect else kind, lines, at=at)
 
 
@@ -219,16 +219,20 @@ def _renamed(lines: Iterable[bytes], columns: Columns, shown: Rows | None) -> It
         yield line[:MAX_LINE] if new is row and not columns else encode_row(new)[:MAX_LINE]
 
 
-def _encoded(rows: Iterable[Any], columns: Columns, name: str, shown: Rows | None) -> Iterator[bytes]:
+def _encoded(
+    rows: Iterable[Any], columns: Columns, name: str, shown: Rows | None, of_media: Collection[str] = ()
+) -> Iterator[bytes]:
     """Encode the rows of a table; a row that is no object is passed on for preparation to reject.
 
-    Raises DataError over MOST_UNPACKED bytes: a Parquet file of 1 MB can hold a text a million times.
+    `of_media`: keys of pictures and recordings for which the table has a column; rows lack those whose cell
+    is empty. Raises DataError over MOST_UNPACKED bytes: a Parquet file of 1 MB can hold a text a million
+    times.
     """
     count = 0
     for row in rows:
         if isinstance(row, dict):
             row = unfold(columns.take(row))
-            row = shown.take(row) if shown else row
+            row = shown.take(row, of_media) if shown else row
         line = encode_row(row)[:MAX_LINE]
         count += len(line)
         if count > streams.MOST_UNPACKED:

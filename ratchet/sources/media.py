@@ -15,7 +15,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -152,8 +152,11 @@ class Rows:
     ) -> None:
         self._intake, self._read, self._shards = intake, read, shards or {}
 
-    def take(self, row: RawRow) -> RawRow:
-        """Return the row with its references replaced; a row without any is returned as it is."""
+    def take(self, row: RawRow, columns: Collection[str] = ()) -> RawRow:
+        """Return the row with its references replaced; a row without any is returned as it is.
+
+        `columns`: keys that its table has a column for, whether or not the row's cell holds something.
+        """
         named = row.get("file_name")  # as `datasets` names the file in the metadata of a folder
         if isinstance(named, str) and row.keys().isdisjoint(MEDIA_KEYS):
             key = "image" if PICTURE_FILE.search(named) else "audio" if SOUND_FILE.search(named) else ""
@@ -167,8 +170,8 @@ class Rows:
         for key in (*TALKS, *TALKS_OF_OPENAI):
             if isinstance(turns := row.get(key), list) and (new := self._turns(turns)) is not turns:
                 changed[key] = new
-        if not changed and not row.keys().isdisjoint(MEDIA_KEYS):
-            self._intake.empty[row.keys().isdisjoint(PICTURE_KEYS)] += 1
+        if not changed and not (had := {*row, *columns}).isdisjoint(MEDIA_KEYS):
+            self._intake.empty[had.isdisjoint(PICTURE_KEYS)] += 1
         given = row.get("input")
         if isinstance(given, dict) and isinstance(asked := given.get("messages"), list):
             new = self._turns(asked)

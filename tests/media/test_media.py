@@ -51,6 +51,7 @@ from ratchet.media.store import MediaStore, write_shard
 from ratchet.models.loading import load_chat
 from ratchet.review.queue import ReviewQueue
 from ratchet.review.records import Decision
+from ratchet.sources.columns import parse_columns
 from ratchet.sources.preview import as_plain, preview_rows
 from tasks.ingest import add_batch, check_rows, freeze_golden, pull
 from tasks.prepare import Rejection, prepare
@@ -524,6 +525,18 @@ def test_a_row_without_a_picture_beside_rows_with_one_stays_as_it_was(tmp_path) 
     assert pulled.lines == rows and not pulled.media
     (said,) = pulled.said
     assert said == "pictures: 1 rows have a column for one and nothing in it: they are rows of text"
+
+
+@pytest.mark.parametrize("mapping", ["", "image=photo"])
+def test_empty_cells_of_a_column_of_pictures_are_counted(tmp_path, mapping: str) -> None:
+    (tmp_path / "a.png").write_bytes(encoded(noise(1)))
+    head = "photo" if mapping else "image"
+    (tmp_path / "rows.csv").write_text(f"{head},question,answer\na.png,What?,red\n,What now?,blue\n")
+    pulled = pull(Config(), path=str(tmp_path / "rows.csv"), columns=parse_columns(mapping))
+    assert "1 rows have a column for one and nothing in it" in pulled.said[0]
+    first, second = map(msgspec.json.decode, pulled.lines)
+    assert (first["question"], first["answer"], first["image"][:6]) == ("What?", "red", "media:")
+    assert second == {"question": "What now?", "answer": "blue"}
 
 
 def test_what_is_written_is_read_back_equal() -> None:

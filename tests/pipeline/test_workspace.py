@@ -17,7 +17,7 @@ from places import commit, make_repository, subjects, use_git_without_a_user, wr
 
 from flows.retries import on_top
 from ratchet.errors import CheckoutError, CommandError, StageError
-from ratchet.pipeline.checkout import check_checkout, dvc, git, locked, who
+from ratchet.pipeline.checkout import check_checkout, check_lock, dvc, git, locked, who
 from ratchet.pipeline.dvc import bring, check_out, push_data, run_stage, stale_stages
 from ratchet.pipeline.workspace import catch_up, failed_workspaces, land, open_workspace
 
@@ -98,6 +98,15 @@ def test_uncommitted_changes_are_refused_with_the_files(root):
     git(root, "add", ".gitignore")
     assert "uncommitted changes: .gitignore, params.yaml" in refused(root)
     assert "git stash" in refused(root)
+
+
+def test_a_lock_that_git_does_not_know_is_told_before_a_retraining(root):
+    write_files(root, {"dvc.lock": "schema: '2.0'\n"})
+    assert check_checkout(root) == "main"
+    with pytest.raises(CheckoutError, match=r"(?s)git does not know.*git add dvc.lock"):
+        check_lock(root)
+    git(root, "add", "dvc.lock")
+    check_lock(root)
 
 
 def test_files_that_git_does_not_track_are_no_hindrance(root):
@@ -217,7 +226,7 @@ def test_landing_nothing_makes_no_commit(root):
     ("changes", "told"),
     [
         ({"params.yaml": "project:\n  name: other\n"}, "unstaged changes"),
-        ({"new.txt": "mine"}, "Untracked working tree file 'new.txt'"),
+        ({"new.txt": "mine"}, "(?s)holds new.txt, which git does not know.*git add new.txt"),
     ],
     ids=["a changed file", "an untracked file in the way"],
 )
