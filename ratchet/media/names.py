@@ -25,6 +25,11 @@ def kind_of(name: str) -> str:
     return "recording" if is_sound(name) else "picture"
 
 
+def in_words(text: str) -> str:
+    """Return a text for people, with words in the place of its pictures and recordings."""
+    return text.replace(MEDIA_MARK, " [picture or recording] ")
+
+
 def from_uri(uri: str) -> bytes:
     """Return the bytes of a data URI. Raises RowError."""
     head, comma, content = uri.partition(",")

@@ -257,7 +257,7 @@ def _check_length(seconds: float, limits: MediaConfig) -> None:
         raise RowError(
             "media_size",
             f"the recording is {seconds:.1f} s long; `ingest.media.max_seconds` is {limits.max_seconds:g}: "
-            "cut it into pieces, each with its own row",
+            "cut it into pieces",
         )
 
 

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ratchet.data.examples import MEDIA_MARK
+from ratchet.media.names import in_words
 from ratchet.monitoring.request_records import Traffic
 from ratchet.monitoring.verdicts import Column, Recorded, seconds_of
 from ratchet.promotion.rollout import Measure
@@ -324,5 +324,5 @@ def percent(value: float | None, digits: int = 0) -> str:
 
 def said(text: str, most: int = 220) -> str:
     """Put a person's text on one line, and cut it to at most `most` characters."""
-    words = " ".join(str(text).replace(MEDIA_MARK, " [picture] ").split())
+    words = " ".join(in_words(str(text)).split())
     return words if len(words) <= most else words[: most - 1] + "…"

@@ -18,6 +18,7 @@ from ratchet.evaluation.paired import paired_gains
 from ratchet.evaluation.report import Metrics, Summary, read_metrics
 from ratchet.evaluation.statistics import Interval
 from ratchet.files import write_text
+from ratchet.media.names import in_words
 from ratchet.pipeline.checkout import git
 from ratchet.pipeline.workspace import get_output
 from ratchet.promotion.verdict import Check, Verdict, read_verdict
@@ -223,7 +224,7 @@ def _rows(found: pd.DataFrame, mine: pd.DataFrame, theirs: pd.DataFrame) -> list
             str(id_),
             str(mine.batch[id_]),
             float(row.gain),
-            question=str(mine.question[id_]),
+            question=in_words(str(mine.question[id_])).strip(),
             wanted=str(mine.reference[id_]),
             before=str(theirs.answer[id_]),
             now=str(mine.answer[id_]),

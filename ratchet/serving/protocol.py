@@ -60,7 +60,8 @@ MAX_TOP_LOGPROBS = 20
 LEAST_LOGPROB = -9999.0  # what OpenAI writes for a token that cannot follow; JSON has no infinity
 Decoded = TypeVar("Decoded")
 SOUND_REMEDIES = {  # reason of a refused recording → what helps
-    "media_size": "send a shorter recording, or as MP3",
+    "media_size": "send a shorter recording, and a long one as MP3 or with fewer samples a second",
+    "media_silent": "send a recording in which something is heard",
     "media_type": "send a WAV or MP3 file in base64",
 }
 REMEDIES = {  # reason of a refused picture → what helps
