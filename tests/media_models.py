@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -513,6 +514,9 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
 }
 SOUND_FAMILIES: dict[str, Callable[[Path], Path]] = {"qwen2_audio": make_qwen2_audio}
 ALL_FAMILIES = FAMILIES | SOUND_FAMILIES
+# Parameters of fixtures: all families, of which unit tests take three that differ most.
+QUICK = ("llava", "qwen2_5_vl", "qwen2_audio")
+BY_FAMILY = [name if name in QUICK else pytest.param(name, marks=pytest.mark.e2e) for name in ALL_FAMILIES]
 
 
 def hears(folder: Path) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from media_models import ALL_FAMILIES, hears, make_rows
+from media_models import ALL_FAMILIES, BY_FAMILY, hears, make_rows
 from PIL import Image, ImageOps
 
 from ratchet.config.params import Config
@@ -76,7 +76,7 @@ def make_place(folder: Path, family: str, adapter: AdapterConfig) -> Place:
     return Place(folder / "base", versions, rows, pictures)
 
 
-@pytest.fixture(scope="module", params=ALL_FAMILIES)
+@pytest.fixture(scope="module", params=BY_FAMILY)
 def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Place:
     return make_place(
         tmp_path_factory.mktemp(request.param), request.param, AdapterConfig(rank=4, alpha=64.0)

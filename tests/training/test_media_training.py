@@ -14,6 +14,7 @@ import pytest
 import torch
 from media_models import (
     ALL_FAMILIES,
+    BY_FAMILY,
     hears,
     make_llava,
     make_rows,
@@ -89,7 +90,7 @@ def config_for(model: Path, **train: Any) -> Config:
     )
 
 
-@pytest.fixture(scope="module", params=ALL_FAMILIES)
+@pytest.fixture(scope="module", params=BY_FAMILY)
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp(request.param)
     make_base(home / "base", config_for(ALL_FAMILIES[request.param](home / "model")))
