@@ -81,7 +81,7 @@ def circle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Circle]:
             "project": {"name": "pydoc"},
             "base": {"model": str(make_qwen2_audio(place / "model"))},
             "prepare": {"min_rows": 50, "near_search": False, "test_share": 0.25},
-            "train": {"epochs": 10, "batch_windows": 8, "learning_rate": 3.0e-3, "patience": 12},
+            "train": {"epochs": 10, "batch_windows": 1, "learning_rate": 3.0e-3, "patience": 12},
             "adapter": {"method": "full"},
             "evaluate": {"max_new_tokens": 8, "simple_baseline": False},
             "gate": {"min_rows": 20},

@@ -82,11 +82,17 @@ def test_nothing_is_fetched_and_nothing_is_complained_about(
     assert seen.said == []
 
 
+THUMBNAIL = "data:image/jpeg;base64,"  # how the page shows a kept picture
+
+
 def test_words_of_users_do_nothing(look: Any) -> None:
     page = look("busy").page
 
     assert page.title() == "pydoc-helper: v3 is in charge"
-    assert page.locator("script, img").count() == 0 and page.get_by_text("<script>").count() >= 4
+    assert (
+        page.locator(f"script, img:not([src^='{THUMBNAIL}'])").count() == 0
+        and page.get_by_text("<script>").count() >= 4
+    )
 
 
 @pytest.mark.parametrize("size", list(SIZES))
