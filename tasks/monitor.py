@@ -22,7 +22,6 @@ from ratchet.config.params import Config
 from ratchet.data.examples import Example, normalise, read_examples
 from ratchet.data.words import terms_of
 from ratchet.files import whole_folder, write_bytes, write_json
-from ratchet.media.names import is_sound
 from ratchet.media.store import FOLDER as MEDIA
 from ratchet.media.store import MediaStore
 from ratchet.monitoring.drift import PROMPTS, judge
@@ -87,8 +86,8 @@ def read_reference(root: Path, config: Config, champion: Champion) -> Reference:
         with whole_folder(folder) as filling:
             for path in ("data/prepared", "reports/evaluation"):
                 get_output(root, champion.commit, path, filling / Path(path).name)
-            write_bytes(filling / LOOKS, [msgspec.json.encode(_look_at(filling / "prepared"))])
-            write_bytes(filling / HEARD, [msgspec.json.encode(_hear(filling / "prepared"))])
+            for file, looks in _look_at(filling / "prepared").items():
+                write_bytes(filling / file, [msgspec.json.encode(looks)])
     return load_reference(folder / "prepared", folder / "evaluation")
 
 
@@ -126,29 +125,17 @@ def _held_out(prepared: Path) -> Iterator[Example]:
         yield from read_examples(prepared / f"{split}.jsonl")
 
 
-def _look_at(prepared: Path) -> Looks:
-    """Measure the pictures of the champion's rows, which is done once per champion."""
-    pictures = MediaStore.read(prepared / MEDIA)
-    held_out, trained = _names(prepared, sounds=False)
-    return Looks(
-        look_at_all(pictures, held_out, MOST_PICTURES), look_at_all(pictures, trained, MOST_PICTURES)
-    )
-
-
-def _hear(prepared: Path) -> Looks:
-    """Measure the recordings of the champion's rows, which is done once per champion."""
-    sounds = MediaStore.read(prepared / MEDIA)
-    held_out, trained = _names(prepared, sounds=True)
-    return Looks(hear_all(sounds, held_out, MOST_PICTURES), hear_all(sounds, trained, MOST_PICTURES))
-
-
-def _names(prepared: Path, *, sounds: bool) -> tuple[set[str], set[str]]:
-    """Return the names of the pictures, or recordings, of held-out rows and of those of the training."""
+def _look_at(prepared: Path) -> dict[str, Looks]:
+    """Measure the pictures and the recordings of the champion's rows, which is done once per champion."""
+    media = MediaStore.read(prepared / MEDIA)
     held_out, trained = (
-        {name for row in rows for name in row.media if is_sound(name) == sounds}
+        {name for row in rows for name in row.media}
         for rows in (_held_out(prepared), read_examples(prepared / "train.jsonl"))
     )
-    return held_out, trained
+    return {
+        file: Looks(measure_all(media, held_out, MOST_PICTURES), measure_all(media, trained, MOST_PICTURES))
+        for file, measure_all in ((LOOKS, look_at_all), (HEARD, hear_all))
+    }
 
 
 def measure(

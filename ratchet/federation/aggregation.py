@@ -8,6 +8,7 @@ is kept beside them as a residual of low rank. All is computed in float64.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -160,7 +161,7 @@ def fold(aggregate: Aggregate, most: int) -> Folded:
         dtype = adapter[layer + DOWN].dtype
         adapter[layer + UP] = _widen(found.up, rank, 1).to(dtype)
         adapter[layer + DOWN] = _widen(found.down, rank, 0).to(dtype)
-        whole = float(wholes[layer].cut()[0].dense().norm())
+        whole = math.hypot(float(found.dense().norm()), lost)
         missing = max(missing, lost / whole if whole else 0.0)
     return Folded(adapter, rank, missing)
 

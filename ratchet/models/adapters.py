@@ -88,8 +88,12 @@ def read_kind(folder: Path) -> Kind:
 
 
 def _updates_seeing(folder: Path) -> bool:
-    kept = read_trained_manifest(folder).adapter if (folder / MANIFEST).exists() else AdapterRecord()
+    kept = _record_of(folder)
     return "lora" in (kept.projector, kept.tower)
+
+
+def _record_of(folder: Path) -> AdapterRecord:
+    return read_trained_manifest(folder).adapter if (folder / MANIFEST).exists() else AdapterRecord()
 
 
 def load_trainable(
@@ -171,7 +175,7 @@ class BaseSettings(NamedTuple):
 
 def base_settings(folder: Path) -> BaseSettings:
     """Return how the base was loaded when the version in `folder` was trained."""
-    kept = read_trained_manifest(folder).adapter if (folder / MANIFEST).exists() else AdapterRecord()
+    kept = _record_of(folder)
     return BaseSettings("qlora", kept.quantisation) if kept.method == "qlora" else BaseSettings()
 
 

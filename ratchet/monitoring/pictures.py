@@ -11,6 +11,7 @@ import io
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -28,7 +29,7 @@ SIDE = 256  # pixels of the copy on which light, edges and colours are measured
 DIGITS = 4  # of a figure in the log
 FAMILY, CONTENT = "pictures", "what pictures show"  # names of the families
 SHOWN = 3  # pictures that a topic, or drift of pictures, names
-LEAST = 30  # pictures on each side that the family needs
+LEAST = 30  # pictures, or recordings, on each side that a family needs
 COLUMNS = (
     "picture size (log pixels)",
     "picture shape (log of width by height)",
@@ -167,15 +168,30 @@ def picture_family(window: Iterable[Look], held_out: list[Look], trained: list[L
     None where nobody shows any.
     """
     shown = list({look.name: look for look in window}.values())
+    return form_family(FAMILY, "picture", COLUMNS, shown, held_out, trained)
+
+
+def form_family(
+    name: str,
+    what: str,
+    columns: Sequence[str],
+    shown: Sequence[Look],
+    held_out: Sequence[Look],
+    trained: Sequence[Look],
+) -> Family | str | None:
+    """Compare the figures of pictures, or of recordings, and their distance to those of the training.
+
+    `what` names one of them, `columns` the figures. Returns what `picture_family` does.
+    """
     if not shown and not held_out:
         return None
     if min(len(shown), len(held_out)) < LEAST or not trained:
-        return f"pictures: {len(shown)} in this window and {len(held_out)} to compare with; wanted {LEAST}"
+        return f"{name}: {len(shown)} in this window and {len(held_out)} to compare with; wanted {LEAST}"
     figures = _table([*shown, *held_out])
-    measures = [other(name, figures[:, place], len(shown)) for place, name in enumerate(COLUMNS)]
+    measures = [other(column, figures[:, place], len(shown)) for place, column in enumerate(columns)]
     distance = _distances(figures, _table(trained))
-    measures.append(higher("distance to the nearest picture of the training", distance, len(shown)))
-    return Family(FAMILY, len(shown), len(held_out), measures)
+    measures.append(higher(f"distance to the nearest {what} of the training", distance, len(shown)))
+    return Family(name, len(shown), len(held_out), measures)
 
 
 def content_family(
@@ -220,7 +236,8 @@ def farthest(window: Iterable[Look], trained: Sequence[Look], most: int, *, by_c
     return [looks[place] for place in np.argsort(-distances, kind="stable")[:most]]
 
 
-def _apart(seen: Vectors, known: Vectors) -> NDArray[np.float64]:
+def _apart(seen: NDArray[Any], known: NDArray[Any]) -> NDArray[np.float64]:
+    """Return the distance of each row of `seen` to the nearest one of `known`."""
     from scipy.spatial import KDTree
 
     return np.asarray(KDTree(known).query(seen)[0], dtype=np.float64)
@@ -230,14 +247,11 @@ def _novelty(seen: Vectors, known: Vectors, window: int) -> Measure:
     return higher("distance to what pictures of the training show", _apart(seen, known), window)
 
 
-def _table(looks: list[Look]) -> NDArray[np.float64]:
-    return np.array([look.figures for look in looks], dtype=np.float64)  # (pictures, COLUMNS)
+def _table(looks: Sequence[Look]) -> NDArray[np.float64]:
+    return np.array([look.figures for look in looks], dtype=np.float64)  # (looks, columns)
 
 
 def _distances(figures: NDArray[np.float64], known: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the logarithm of each picture's distance to the nearest known one, in standard deviations."""
-    from scipy.spatial import KDTree
-
+    """Return the logarithm of each one's distance to the nearest known one, in standard deviations."""
     middle, spread = known.mean(axis=0), known.std(axis=0) + 1e-6
-    nearest, _ = KDTree((known - middle) / spread).query((figures - middle) / spread)
-    return np.asarray(np.log(nearest + 1e-3), dtype=np.float64)
+    return np.log(_apart((figures - middle) / spread, (known - middle) / spread) + 1e-3)

@@ -10,15 +10,12 @@ import math
 from collections.abc import Iterable, Mapping
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ratchet.media.names import is_sound
 from ratchet.media.sounds import RATE, samples_of
-from ratchet.monitoring.drift import Family, higher, other
-from ratchet.monitoring.pictures import Look, look_of
+from ratchet.monitoring.drift import Family
+from ratchet.monitoring.pictures import DIGITS, Look, form_family, look_of
 
-DIGITS = 4  # of a figure in the log
-LEAST = 30  # recordings on each side that the family needs
 FRAME = RATE // 50  # samples of 20 ms, over which loudness and pitch are measured
 QUIET = 40.0  # decibels under the loudest frame, below which a frame is a pause
 FLOOR = 1e-10  # power of a sample of 16 bits that is nearly always zero
@@ -78,21 +75,4 @@ def sound_family(
         list({look.name: look for look in looks if is_sound(look.name)}.values())
         for looks in (window, held_out, trained)
     )
-    if not heard and not known:
-        return None
-    if min(len(heard), len(known)) < LEAST or not learned:
-        return f"recordings: {len(heard)} in this window and {len(known)} to compare with; wanted {LEAST}"
-    figures = np.array([look.figures for look in (*heard, *known)], dtype=np.float64)  # (recordings, COLUMNS)
-    measures = [other(name, figures[:, place], len(heard)) for place, name in enumerate(COLUMNS)]
-    distance = _distances(figures, np.array([look.figures for look in learned], dtype=np.float64))
-    measures.append(higher("distance to the nearest recording of the training", distance, len(heard)))
-    return Family("recordings", len(heard), len(known), measures)
-
-
-def _distances(figures: NDArray[np.float64], known: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the logarithm of each recording's distance to the nearest known one, in standard deviations."""
-    from scipy.spatial import KDTree
-
-    middle, spread = known.mean(axis=0), known.std(axis=0) + 1e-6
-    nearest, _ = KDTree((known - middle) / spread).query((figures - middle) / spread)
-    return np.asarray(np.log(nearest + 1e-3), dtype=np.float64)
+    return form_family("recordings", "recording", COLUMNS, heard, known, learned)

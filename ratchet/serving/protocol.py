@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal, NamedTuple, NoReturn, Protocol, TypeVar
 
 import msgspec
@@ -312,6 +313,12 @@ def _check_support(body: Body) -> None:
         refuse("stream_options", "stream_options came without stream", "send stream: true, or leave it out")
 
 
+@cache
+def _limits_of(max_seconds: float) -> MediaConfig:
+    """Return the limits of a request's media; to validate them for each request would cost each its time."""
+    return MediaConfig(max_seconds=max_seconds)
+
+
 class RequestMedia:
     """Collect the pictures and recordings of a request, within `limits`."""
 
@@ -319,7 +326,7 @@ class RequestMedia:
         self.known: dict[str, bytes] = {}
         self.looks: list[Look] = []
         self._room, self._room_for_sounds = limits.max_pictures, limits.max_sounds
-        self._limits = MediaConfig(max_seconds=limits.max_sound_seconds)
+        self._limits = _limits_of(limits.max_sound_seconds)
 
     def hear(self, where: str, part: Part) -> str:
         """Return the name of a part's recording. Raises Fault(400)."""
