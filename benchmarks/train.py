@@ -262,7 +262,10 @@ class Clock:
         self._pending[1] += computed
 
     def step(self) -> bool:
-        """After an optimizer step. Whether the time is over."""
+        """After an optimizer step. Whether the time is over, and a batch was put together in it.
+
+        Batches are put together a step or an epoch's end ahead, so a single step may see none.
+        """
         now, self.steps = time.perf_counter(), self.steps + 1
         if self.steps == 1:
             self.first = time.time() - psutil.Process().create_time()
@@ -273,7 +276,7 @@ class Clock:
         elif self.steps == SKIPPED:
             self.began = now
         self._pending = [0, 0]
-        return self.steps > SKIPPED and now - self.began > self.seconds
+        return self.steps > SKIPPED and self.learned > 0 and now - self.began > self.seconds
 
     def tell(self) -> dict[str, Any]:
         return {
