@@ -27,7 +27,15 @@ from ratchet.errors import BaseModelError
 from ratchet.files import read_json, require_space, sha256_file, sha256_json, whole_folder, write_json
 from ratchet.media.store import FOLDER as MEDIA
 from ratchet.media.store import MediaStore
-from ratchet.models.adapters import PREFIXED, check_context, check_start, load_trainable, save_trained
+from ratchet.models.adapters import (
+    PREFIXED,
+    RESIDUAL,
+    check_context,
+    check_start,
+    freeze_factor,
+    load_trainable,
+    save_trained,
+)
 from ratchet.models.loading import (
     MANIFEST,
     adapter_sha256,
@@ -180,6 +188,8 @@ class Training:
         schedule = _schedule(num_batches, computed, self._config)
         start = self._incumbent if self._start else None
         model = load_trainable(self._base, start, adapter, seed=settings.seed, in_parts=sharded)
+        if settings.factors != "both":
+            freeze_factor(model, settings.factors)
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         size = sum(weight.numel() * weight.element_size() for weight in weights)
         require_space(self._out.parent, ROOM + size, "the candidate")
@@ -346,7 +356,8 @@ def _inputs(tokens: Path, base: Path, incumbent: Path, start: bool, config: Conf
         if config.train.teacher == CHAMPION and read_json(incumbent / MANIFEST)["version"] is not None
         else {}
     )
-    return {**hashes, "start": adapter_sha256(incumbent) if start else "base", **teacher}
+    residual = {"residual": adapter_sha256(incumbent / RESIDUAL)} if (incumbent / RESIDUAL).exists() else {}
+    return {**hashes, "start": adapter_sha256(incumbent) if start else "base", **residual, **teacher}
 
 
 def _schedule(num_batches: int, computed: str, config: Config) -> Schedule:

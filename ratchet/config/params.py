@@ -18,6 +18,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ratchet.config.base import PREFERENCE, Section
 from ratchet.config.data import IngestConfig, PrepareConfig, ProjectConfig, ReviewConfig, TokenizeConfig
 from ratchet.config.evaluation import EvaluateConfig, GateConfig, ParityConfig
+from ratchet.config.federation import FederateConfig
 from ratchet.config.monitoring import MonitorConfig, RolloutConfig
 from ratchet.config.serving import GatewayConfig, RequestLogConfig, ServicesConfig
 from ratchet.config.synthesis import SynthesizeConfig
@@ -46,6 +47,7 @@ class Config(Section):
     adapter: AdapterConfig = Field(default_factory=AdapterConfig)
     sweep: SweepConfig = Field(default_factory=SweepConfig)
     compare: CompareConfig = Field(default_factory=CompareConfig)
+    federate: FederateConfig = Field(default_factory=FederateConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     parity: ParityConfig = Field(default_factory=ParityConfig)
     gate: GateConfig = Field(default_factory=GateConfig)
@@ -86,6 +88,11 @@ class Config(Section):
             raise ValueError(
                 f"adapter.modules_to_save is {self.adapter.modules_to_save}: `adapter.method: {method}` "
                 "takes none"
+            )
+        if self.train.factors != "both" and method not in ("lora", "qlora", "rslora"):
+            raise ValueError(
+                f"train.factors is {self.train.factors!r}: `adapter.method: {method}` has no two factors that "
+                "could be trained in turn; set `train.factors: both`"
             )
         if method in ("prefix", "prompt", "ia3") and self.base.new_tokens:
             raise ValueError(

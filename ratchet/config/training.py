@@ -270,6 +270,11 @@ class TrainConfig(Section):
         description="strength of the noise on the embeddings in training (NEFTune, arXiv 2310.05914); 5 is "
         "usual; 0: none",
     )
+    factors: Literal["both", "up", "down"] = Field(
+        default="both",
+        description="which factors of an update of LoRA's family are trained. Federated training sets it: "
+        "with `federate.aggregation: alternate` its rounds train `up` (B) and `down` (A) in turn",
+    )
     evaluations: Count = Field(default=8, description="measurements of the validation loss during a training")
     patience: Count = Field(
         default=3,

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Collection, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from cryptography.exceptions import InvalidTag
@@ -135,6 +135,40 @@ class Member:
         self._publics: dict[int, Publics] = {}
         self._held: dict[int, tuple[Share, Share]] = {}  # of other nodes: of the key, of the seed
         self._revealed: tuple[frozenset[int], frozenset[int]] | None = None
+
+    def state(self) -> dict[str, Any]:
+        """Return all that a restarted node needs to go on, for JSON. It holds secrets: mode 0600."""
+        return {
+            "place": self.place,
+            "tag": self._tag.hex(),
+            "threshold": self._threshold,
+            "keys": [self._key.private_bytes_raw().hex(), self._letters.private_bytes_raw().hex()],
+            "seed": self._seed.hex(),
+            "publics": {node: [key.hex() for key in keys] for node, keys in self._publics.items()},
+            "held": {node: [hex(share.value) for share in shares] for node, shares in self._held.items()},
+            "revealed": self._revealed and [sorted(nodes) for nodes in self._revealed],
+        }
+
+    @classmethod
+    def restore(cls, state: Mapping[str, Any]) -> Member:
+        """Return the member that `state` describes."""
+        member = cls(state["place"], bytes.fromhex(state["tag"]), state["threshold"])
+        member._key, member._letters = (
+            X25519PrivateKey.from_private_bytes(bytes.fromhex(key)) for key in state["keys"]
+        )
+        member._seed = bytes.fromhex(state["seed"])
+        member._publics = {
+            int(node): Publics(*(bytes.fromhex(key) for key in keys))
+            for node, keys in state["publics"].items()
+        }
+        member._held = {
+            int(node): (Share(member.place, int(one, 16)), Share(member.place, int(other, 16)))
+            for node, (one, other) in state["held"].items()
+        }
+        if state["revealed"]:
+            sent, dropped = map(frozenset, state["revealed"])
+            member._revealed = (sent, dropped)
+        return member
 
     @property
     def publics(self) -> Publics:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 LORA_FAMILY = ("lora", "qlora", "dora", "rslora")
 PREFIXED = ("prefix", "prompt")  # they put virtual tokens before every row, so rows cannot share a window
 ALL_LINEAR = "all-linear"
+RESIDUAL = "residual"  # a second adapter beside the one that is trained, and the folder inside it
 # Names of the layers that turn a picture's features into tokens, as transformers gives them.
 PROJECTOR = re.compile(
     r"(?:^|\.)(?:multi_modal_projector|mm_projector|connector|merger|deepstack_merger_list)$"
@@ -114,9 +115,31 @@ def load_trainable(
     if start and config.method in PREFIXED:
         return _copy_virtual_tokens(add_adapter(model, config, seed=seed), start)
     if start:
-        return load_adapter(model, start, trainable=True)
+        model = load_adapter(model, start, trainable=True)
+        return _add_residual(model, start / RESIDUAL) if (start / RESIDUAL).exists() else model
     new_ids = [token.id for token in read_base_manifest(base).new_tokens]
     return add_adapter(model, config, seed=seed, new_ids=new_ids)
+
+
+def _add_residual(model: Any, folder: Path) -> Any:
+    """Put a second adapter on the model that takes part in its answers and is not trained.
+
+    Federated training keeps in it what the factors of the nodes' mean update miss (`ratchet.federation`).
+    """
+    load_adapter(model, folder, name=RESIDUAL)
+    model.base_model.set_adapter(["default", RESIDUAL])
+    for name, weight in model.named_parameters():
+        if f".{RESIDUAL}." in name:
+            weight.requires_grad_(False)
+    return model
+
+
+def freeze_factor(model: Any, trained: str) -> None:
+    """Train one of the two factors of every update alone: `trained` is "up" (B) or "down" (A)."""
+    frozen = {"up": ".lora_A.", "down": ".lora_B."}[trained]
+    for name, weight in model.named_parameters():
+        if frozen in name:
+            weight.requires_grad_(False)
 
 
 def _copy_virtual_tokens(model: Any, start: Path) -> Any:
@@ -447,7 +470,13 @@ def save_trained(model: Any, base: Path, folder: Path, weights: dict[str, Tensor
         # PEFT would write the set in an order that differs between processes.
         adapter.target_modules = sorted(adapter.target_modules)
     # save_embedding_layers=False, since "auto" would query the hub.
-    model.save_pretrained(folder, state_dict=weights, safe_serialization=True, save_embedding_layers=False)
+    model.save_pretrained(
+        folder,
+        state_dict=weights,
+        safe_serialization=True,
+        save_embedding_layers=False,
+        selected_adapters=["default"],
+    )
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours follows with the gate's table
 
 

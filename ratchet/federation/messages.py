@@ -1,0 +1,221 @@
+"""Write and read what the coordinator and the nodes of a federation send each other.
+
+A message is one safetensors file in memory: its tensors, and a header as JSON in the file's metadata. So
+nothing that arrives is ever unpickled, and everything in it is checked before it is used.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import msgspec
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from ratchet.errors import DataError
+
+VERSION = 1  # of the messages; both sides have to speak the same
+MOST = 2**32  # bytes of one message
+
+
+class Join(msgspec.Struct, frozen=True, tag="join", forbid_unknown_fields=True):
+    """Ask a node who it is and what it holds, in numbers."""
+
+    run: str
+
+
+class Train(msgspec.Struct, frozen=True, tag="train", forbid_unknown_fields=True, kw_only=True):
+    """Ask a node to train from the global adapter, which is among the tensors, on its own rows.
+
+    `params` are the coordinator's sections tokenize, train and adapter; `base` is its base's identity. The
+    tensors' names begin with `global:`, and with `residual:` where factors miss something. `adapter_config`
+    is PEFT's description of the adapter, `scale` what updates are multiplied by. With `masked` the node keeps
+    its update, and gives it under masks.
+    """
+
+    run: str
+    round: int
+    params: dict[str, dict[str, Any]]
+    base: dict[str, Any]
+    adapter_config: dict[str, Any]
+    scale: float
+    masked: bool = False
+
+
+class Keys(msgspec.Struct, frozen=True, tag="keys", forbid_unknown_fields=True):
+    """Ask a node for its public keys of a round's masks; `place` is its number in the round, from 1."""
+
+    run: str
+    round: int
+    place: int
+    threshold: int
+
+
+class Deal(msgspec.Struct, frozen=True, tag="deal", forbid_unknown_fields=True):
+    """Give a node all public keys (place → two keys in hex), and ask for its letters to the others."""
+
+    run: str
+    round: int
+    publics: dict[int, tuple[str, str]]
+
+
+class Mask(msgspec.Struct, frozen=True, tag="mask", forbid_unknown_fields=True):
+    """Give a node the letters of the others (sender → hex), and ask for its update, masked."""
+
+    run: str
+    round: int
+    letters: dict[int, str]
+
+
+class Reveal(msgspec.Struct, frozen=True, tag="reveal", forbid_unknown_fields=True):
+    """Ask a node for its shares: of the masks of those that sent, of the keys of those that dropped out."""
+
+    run: str
+    round: int
+    sent: list[int]
+    dropped: list[int]
+
+
+class Score(msgspec.Struct, frozen=True, tag="score", forbid_unknown_fields=True, kw_only=True):
+    """Ask a node to answer its own held-out rows with two adapters, and for counts and sums of the scores.
+
+    The tensors' names begin with `candidate:` and `champion:`; without the latter it is the base. A group of
+    fewer rows than `least` is left out.
+    """
+
+    run: str
+    params: dict[str, dict[str, Any]]
+    base: dict[str, Any]
+    adapter_configs: dict[str, dict[str, Any]]
+    metric: str
+    least: int
+
+
+Request = Join | Train | Keys | Deal | Mask | Reveal | Score
+
+
+class Here(msgspec.Struct, frozen=True, tag="here", forbid_unknown_fields=True):
+    """A node's answer to Join."""
+
+    version: int
+    rows: dict[str, int]  # split → rows
+
+
+class Trained(msgspec.Struct, frozen=True, tag="trained", forbid_unknown_fields=True, kw_only=True):
+    """A node's answer to Train: its numbers; the adapter is among the tensors, unless it is to be masked."""
+
+    rows: int
+    steps: int
+    learned_tokens: int
+    seconds: float
+    train_loss: float
+    validation_loss: float | None
+
+
+class Published(msgspec.Struct, frozen=True, tag="published", forbid_unknown_fields=True):
+    masks: str
+    letters: str
+
+
+class Dealt(msgspec.Struct, frozen=True, tag="dealt", forbid_unknown_fields=True):
+    letters: dict[int, str]  # receiver → hex
+
+
+class Masked(msgspec.Struct, frozen=True, tag="masked", forbid_unknown_fields=True):
+    """The masked vector is the tensor `words`, int64."""
+
+
+class Revealed(msgspec.Struct, frozen=True, tag="revealed", forbid_unknown_fields=True):
+    keys: dict[int, str]  # of nodes that dropped out → the share's value in hex
+    seeds: dict[int, str]
+
+
+class Sums(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Of one group of rows: how many, the sums of both scores, of their differences and of the squares."""
+
+    rows: int
+    candidate: float
+    champion: float
+    difference: float
+    square: float
+
+
+class Scored(msgspec.Struct, frozen=True, tag="scored", forbid_unknown_fields=True):
+    groups: dict[str, Sums]
+
+
+class Refused(msgspec.Struct, frozen=True, tag="refused", forbid_unknown_fields=True):
+    """A node will not, or cannot; the reason holds nothing of its rows."""
+
+    reason: str
+
+
+Reply = Here | Trained | Published | Dealt | Masked | Revealed | Scored | Refused
+
+
+class Message(NamedTuple):
+    header: Any
+    tensors: dict[str, Tensor]
+
+
+def write_message(header: Request | Reply, tensors: Mapping[str, Tensor] | None = None) -> bytes:
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in (tensors or {}).items()}
+    text = msgspec.json.encode(header).decode()
+    return save(held or {"nothing": torch.zeros(0)}, {"header": text, "version": str(VERSION)})
+
+
+def read_request(data: bytes) -> Message:
+    """Read a request. Raises DataError: it is none, or of another version."""
+    return _read(data, Request)
+
+
+def read_reply(data: bytes) -> Message:
+    """Read a reply. Raises DataError: it is none, or of another version."""
+    return _read(data, Reply)
+
+
+def _read(data: bytes, kinds: Any) -> Message:
+    if len(data) > MOST:
+        raise DataError(f"a message of {len(data)} bytes came; wanted at most {MOST}")
+    try:
+        metadata = _metadata(data)
+        if metadata.get("version") != str(VERSION):
+            raise DataError(
+                f"a message of version {str(metadata.get('version'))[:20]} came, this side speaks {VERSION}",
+                remedy="bring the coordinator and its nodes to the same version of the code",
+            )
+        header = msgspec.json.decode(metadata["header"], type=kinds)
+        tensors = load(data)
+    except (SafetensorError, msgspec.DecodeError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise DataError(f"a message came that cannot be read: {type(error).__name__}: {error}") from None
+    tensors.pop("nothing", None)
+    return Message(header, tensors)
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    """Return the metadata of a safetensors file: JSON after eight bytes with its length."""
+    length = int.from_bytes(data[:8], "little")
+    if not 2 <= length <= len(data) - 8:
+        raise ValueError("no safetensors header")
+    found = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+    if not isinstance(found, dict):
+        raise TypeError("no metadata")
+    return found
+
+
+def check_tensors(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Raise DataError unless names, shapes and dtypes are those of `wanted`, and all numbers are finite."""
+    if odd := sorted(tensors.keys() ^ wanted.keys()):
+        raise DataError(
+            f"the update holds other weights than the global adapter: {len(odd)}, such as {odd[0]}"
+        )
+    for name, tensor in tensors.items():
+        seen, asked = (tuple(tensor.shape), tensor.dtype), (tuple(wanted[name].shape), wanted[name].dtype)
+        if seen != asked:
+            raise DataError(f"the weight {name} is {seen[0]} of {seen[1]}; wanted {asked[0]} of {asked[1]}")
+        if not torch.isfinite(tensor).all():
+            raise DataError(f"the weight {name} holds numbers that are not finite")

@@ -1,0 +1,407 @@
+"""Answer one request of the coordinator, on a node: `python -m ratchet.federation.node REQUEST REPLY`.
+
+The node's checkout is the working directory. Stages run as in a retraining, on the node's own rows, with the
+coordinator's settings of `tokenize`, `train` and `adapter`; they write into .ratchet/federation/node. A reply
+holds weights, counts and sums. What went wrong in a stage is told in the node's own log, since its message
+may quote rows; the coordinator learns which stage it was.
+
+A request that was answered before gets the same reply again, so a coordinator that was killed may ask anew.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from ratchet.config.params import load_config
+from ratchet.errors import DataError, RatchetError, UserError
+from ratchet.federation import masking, messages
+from ratchet.federation.aggregation import DOWN
+from ratchet.federation.certificates import write_secret
+from ratchet.federation.messages import Message, write_message
+from ratchet.federation.secure import tag_of, words_of
+from ratchet.federation.state import GLOBAL, KEPT
+from ratchet.files import read_json, sha256_json, whole_folder, write_bytes, write_json
+from ratchet.models.adapters import RESIDUAL
+from ratchet.models.loading import MANIFEST, WEIGHTS
+from ratchet.pipeline.stage import say
+
+FOLDER = Path(".ratchet/federation/node")
+SETTINGS = "node.json"
+ROUNDS = "rounds.jsonl"
+IDENTITY = ("model", "revision", "files", "weights")  # of a base
+DAY = dt.timedelta(days=1)
+KEPT_SECONDS = 7 * 86_400  # that a reply can be asked for again
+
+
+class Node(msgspec.Struct, frozen=True):
+    """A node's own settings: where its coordinator is, and what it is ready to do."""
+
+    name: str
+    url: str  # host:port
+    rounds_a_day: int | None = None
+    hours: str = ""  # such as 20-6: when it trains
+
+
+class Done(msgspec.Struct, frozen=True):
+    """A round that this node took part in, as a line of rounds.jsonl."""
+
+    time: str
+    run: str
+    round: int
+    rows: int
+    steps: int
+    seconds: float
+    train_loss: float
+    validation_loss: float | None
+
+
+class Refusal(UserError):
+    """A reason that the coordinator may read: it holds nothing of the node's rows."""
+
+
+def identity(base: Path) -> dict[str, Any]:
+    """Return what makes a base the same on two machines."""
+    manifest = read_json(base / MANIFEST)
+    return {key: manifest.get(key) for key in IDENTITY}
+
+
+def handle(root: Path, data: bytes) -> bytes:
+    """Return the reply to a request. What fails becomes a reply as well: Refused."""
+    folder = root / FOLDER
+    kept = folder / "replies" / f"{_sha256(data)}.safetensors"
+    if kept.exists():
+        return kept.read_bytes()
+    try:
+        message = messages.read_request(data)
+        reply = ANSWERS[type(message.header)](root, folder, message)
+    except Refusal as error:
+        say(f"refused: {error}", error=True)
+        return write_message(messages.Refused(str(error).splitlines()[0]))
+    except RatchetError as error:
+        say(f"{type(error).__name__}: {error}", error=True)
+        return write_message(messages.Refused("the request could not be answered; the node's log says why"))
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(kept, [reply])
+    return reply
+
+
+def _sha256(data: bytes) -> str:
+    import hashlib
+
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_node(root: Path) -> Node:
+    """Read the node's settings. Raises UserError: it has not joined."""
+    try:
+        return msgspec.convert(read_json(root / FOLDER / SETTINGS), Node)
+    except RatchetError:
+        raise UserError(
+            "this checkout has joined no federation", remedy="ratchet federate join INVITATION"
+        ) from None
+
+
+def read_rounds(root: Path) -> list[Done]:
+    path = root / FOLDER / ROUNDS
+    return (
+        [msgspec.json.decode(line, type=Done) for line in path.read_bytes().splitlines()]
+        if path.exists()
+        else []
+    )
+
+
+# --- training ---
+
+
+class Work(NamedTuple):
+    """The node's files of the stages before the training."""
+
+    base: Path
+    prepared: Path
+    tokens: Path
+    params: Path
+
+
+def _join(root: Path, folder: Path, message: Message) -> bytes:
+    raw = root / "data/raw"
+    rows = sum(1 for path in sorted(raw.rglob("*.jsonl")) for line in path.open("rb") if line.strip())
+    return write_message(messages.Here(messages.VERSION, {"raw": rows}))
+
+
+def _train(root: Path, folder: Path, message: Message) -> bytes:
+    asked: messages.Train = message.header
+    _check_limits(root)
+    _clean(folder, asked.run)
+    work = prepare(root, folder, asked.params, asked.base)
+    run = folder / "work" / f"{asked.run}-{asked.round}"
+    _write_start(run / "start", message)
+    candidate, reports = run / "candidate", run / "reports"
+    _stage(
+        root,
+        "train",
+        {
+            "params": work.params,
+            "tokens": work.tokens,
+            "base": work.base,
+            "incumbent": run / "start",
+            "out": candidate,
+            "reports": reports,
+        },
+        {"RATCHET_ROOT": str(folder)},
+    )
+    figures, trained = read_json(reports / "figures.json"), load_file(candidate / WEIGHTS)
+    rows = int(figures["rows"]["rows"])
+    done = Done(
+        dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        asked.run,
+        asked.round,
+        rows,
+        int(figures["steps"]),
+        float(figures["seconds"]),
+        float(figures["train_loss"]),
+        figures["best_validation_loss"],
+    )
+    with (folder / ROUNDS).open("ab") as out:
+        out.write(msgspec.json.encode(done) + b"\n")
+    header = messages.Trained(
+        rows=0 if asked.masked else rows,  # the sum tells the rows of all
+        steps=done.steps,
+        learned_tokens=0 if asked.masked else int(figures["rows"]["learned_tokens"]),
+        seconds=done.seconds,
+        train_loss=done.train_loss,
+        validation_loss=done.validation_loss,
+    )
+    if not asked.masked:
+        return write_message(header, trained)
+    start = load_file(run / "start" / WEIGHTS)
+    words = words_of(trained, start, rows, asked.params["train"]["factors"])
+    write_bytes(run / "words.npy", [words.tobytes()])
+    return write_message(header)
+
+
+def _clean(folder: Path, run: str) -> None:
+    """Remove what earlier runs left: adapters, and the keys of their masks."""
+    for path in (folder / "work").glob("*"):
+        if not path.name.startswith(f"{run}-"):
+            shutil.rmtree(path)
+    for path in (folder / "replies").glob("*.safetensors"):
+        if time.time() - path.stat().st_mtime > KEPT_SECONDS:
+            path.unlink()
+
+
+def _check_limits(root: Path) -> None:
+    node, now = read_node(root), dt.datetime.now(dt.UTC)
+    lately = [done for done in read_rounds(root) if now - dt.datetime.fromisoformat(done.time) < DAY]
+    if node.rounds_a_day is not None and len(lately) >= node.rounds_a_day:
+        raise Refusal(f"this node takes part in {node.rounds_a_day} rounds a day, and did so today")
+    if node.hours and not _is_open(node.hours, dt.datetime.now().hour):
+        raise Refusal(f"this node trains between {node.hours} o'clock of its own time")
+
+
+def _is_open(hours: str, hour: int) -> bool:
+    first, last = map(int, hours.split("-"))
+    return first <= hour < last if first < last else hour >= first or hour < last
+
+
+def prepare(root: Path, folder: Path, params: Mapping[str, Any], base: Mapping[str, Any]) -> Work:
+    """Run the stages before the training where something changed since they ran. Raises Refusal."""
+    config = load_config(root / "params.yaml").model_dump(mode="json")
+    config |= {name: dict(params[name]) for name in ("tokenize", "train", "adapter")}
+    # The global adapter stands where the champion does in a retraining, and has seen none of these rows.
+    config["train"] |= {"start_from": "champion", "rows": "all"}
+    work = Work(folder / "base", folder / "prepared", folder / "tokenized", folder / "params.yaml")
+    write_bytes(work.params, [json.dumps(config, indent=1).encode()])
+    nobody = folder / "nobody"
+    nobody.mkdir(exist_ok=True)
+    write_json(nobody / MANIFEST, {"version": None, "batches": []})
+    data = root / "data"
+    if not any((data / "raw").glob("**/*.jsonl")):
+        raise Refusal("this node holds no batch of rows")
+    forgotten = data / "forgotten.jsonl"
+    made = _made(
+        {"base": config["base"], "method": [params["adapter"][key] for key in ("method", "quantisation")]}
+    )
+    paths = {"params": work.params, "out": work.base, "proof": folder / "proof.json"}
+    _once(root, "base", work.base, made, paths)
+    if (seen := identity(work.base)) != dict(base):
+        odd = next(key for key in IDENTITY if seen[key] != base.get(key))
+        raise Refusal(
+            f"this node's base is another one: its {odd} is {_short(seen[odd])}, the coordinator's "
+            f"{_short(base.get(odd))}; set `base.model` and `base.revision` as the coordinator has them"
+        )
+    inputs = [data / "raw", data / "golden.jsonl", forgotten]
+    made = _made({"prepare": config["prepare"], "files": list(_stamps(inputs))})
+    paths = {"raw": data / "raw", "golden": data / "golden.jsonl", "forgotten": forgotten}
+    _once(root, "prepare", work.prepared, made, {"params": work.params, **paths, "out": work.prepared})
+    made = _made(
+        {
+            "before": made,
+            "base": dict(base),
+            "tokenize": config["tokenize"],
+            "objective": config["train"]["objective"],
+        }
+    )
+    paths = {"prepared": work.prepared, "base": work.base, "incumbent": nobody}
+    _once(root, "tokenize", work.tokens, made, {"params": work.params, **paths, "out": work.tokens})
+    return work
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"sha256 {sha256_json(value)[:16]}"
+
+
+def _made(inputs: Mapping[str, Any]) -> str:
+    return sha256_json(inputs)
+
+
+def _stamps(paths: Iterable[Path]) -> Iterable[tuple[str, int, int]]:
+    for path in paths:
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path] if path.exists() else []:
+            if file.is_file():
+                found = file.stat()
+                yield file.name, found.st_size, found.st_mtime_ns
+
+
+def _once(root: Path, stage: str, out: Path, made: str, paths: Mapping[str, Path]) -> None:
+    """Run a stage, unless its output was made from the same inputs."""
+    note = out.with_name(f"{out.name}.made")
+    if out.exists() and note.exists() and note.read_text() == made:
+        return
+    note.unlink(missing_ok=True)
+    _stage(root, stage, paths, {"RATCHET_ROOT": str(root)})
+    write_bytes(note, [made.encode()])
+
+
+def _stage(root: Path, stage: str, paths: Mapping[str, Path], environment: Mapping[str, str]) -> None:
+    flags = [part for name, path in paths.items() for part in (f"--{name}", str(path))]
+    ours = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "PREFECT_"))}
+    done = subprocess.run(
+        [sys.executable, "-m", f"tasks.{stage}", *flags], cwd=root, env={**ours, **environment}, check=False
+    )
+    if done.returncode:
+        raise Refusal(f"the stage {stage} ended with code {done.returncode}; this node's log says why")
+
+
+def _write_start(folder: Path, message: Message) -> None:
+    """Write the global adapter as an incumbent, from which the stage `train` starts."""
+    asked: messages.Train = message.header
+    parts = {
+        prefix: {
+            name.removeprefix(prefix): tensor
+            for name, tensor in message.tensors.items()
+            if name.startswith(prefix)
+        }
+        for prefix in (GLOBAL, KEPT)
+    }
+    if not parts[GLOBAL]:
+        raise DataError("the request to train holds no adapter")
+    with whole_folder(folder) as whole:
+        write_adapter(whole, parts[GLOBAL], asked.adapter_config)
+        write_json(
+            whole / MANIFEST,
+            {"version": 0, "batches": [], "adapter": asked.params["adapter"], "base": dict(asked.base)},
+        )
+        if parts[KEPT]:
+            rank = next(tensor.shape[0] for name, tensor in parts[KEPT].items() if name.endswith(DOWN))
+            config = asked.adapter_config | {"r": rank, "lora_alpha": asked.scale * rank, "use_rslora": False}
+            (whole / RESIDUAL).mkdir()
+            write_adapter(whole / RESIDUAL, parts[KEPT], config)
+
+
+def write_adapter(folder: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    write_bytes(folder / WEIGHTS, [save(dict(weights), {"format": "pt"})])
+    write_json(folder / "adapter_config.json", dict(config))
+
+
+# --- secure aggregation ---
+
+
+def _member(folder: Path, asked: Any) -> Path:
+    return folder / "work" / f"{asked.run}-{asked.round}" / "member.json"
+
+
+def _restore(folder: Path, asked: Any) -> masking.Member:
+    path = _member(folder, asked)
+    if not path.exists():
+        raise Refusal(f"this node has no keys of round {asked.round} of {asked.run}")
+    return masking.Member.restore(read_json(path))
+
+
+def _store(folder: Path, asked: Any, member: masking.Member) -> None:
+    write_secret(_member(folder, asked), json.dumps(member.state()).encode())
+
+
+def _keys(root: Path, folder: Path, message: Message) -> bytes:
+    asked: messages.Keys = message.header
+    if not (_member(folder, asked).parent / "words.npy").exists():
+        raise Refusal(f"this node has trained nothing in round {asked.round} of {asked.run}")
+    if _member(folder, asked).exists():
+        raise Refusal("this node gave its keys of this round before; they serve once")
+    member = masking.Member(asked.place, tag_of(asked.run, asked.round), asked.threshold)
+    _store(folder, asked, member)
+    return write_message(messages.Published(*(key.hex() for key in member.publics)))
+
+
+def _deal(root: Path, folder: Path, message: Message) -> bytes:
+    asked: messages.Deal = message.header
+    member = _restore(folder, asked)
+    publics = {
+        place: masking.Publics(bytes.fromhex(one), bytes.fromhex(other))
+        for place, (one, other) in asked.publics.items()
+    }
+    letters = member.deal(publics)
+    _store(folder, asked, member)
+    return write_message(messages.Dealt({place: letter.hex() for place, letter in letters.items()}))
+
+
+def _mask(root: Path, folder: Path, message: Message) -> bytes:
+    asked: messages.Mask = message.header
+    member = _restore(folder, asked)
+    member.receive({sender: bytes.fromhex(letter) for sender, letter in asked.letters.items()})
+    values = np.frombuffer((_member(folder, asked).parent / "words.npy").read_bytes(), np.float64)
+    words = member.mask(masking.encode(values, len(asked.letters) + 1))
+    _store(folder, asked, member)
+    return write_message(messages.Masked(), {"words": torch.from_numpy(words.view(np.int64))})
+
+
+def _reveal(root: Path, folder: Path, message: Message) -> bytes:
+    asked: messages.Reveal = message.header
+    member = _restore(folder, asked)
+    shares = member.reveal(asked.sent, asked.dropped)
+    _store(folder, asked, member)
+    return write_message(
+        messages.Revealed(
+            {node: hex(share.value) for node, share in shares.keys.items()},
+            {node: hex(share.value) for node, share in shares.seeds.items()},
+        )
+    )
+
+
+ANSWERS: dict[Any, Callable[[Path, Path, Message], bytes]] = {
+    messages.Join: _join,
+    messages.Train: _train,
+    messages.Keys: _keys,
+    messages.Deal: _deal,
+    messages.Mask: _mask,
+    messages.Reveal: _reveal,
+}
+
+
+if __name__ == "__main__":
+    write_bytes(Path(sys.argv[2]), [handle(Path.cwd(), Path(sys.argv[1]).read_bytes())])

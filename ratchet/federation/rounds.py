@@ -1,0 +1,363 @@
+"""Train a global adapter in rounds: send it to the nodes, check what comes back, aggregate, go on.
+
+All that a round receives and makes is kept in a folder of its own, so a coordinator that was killed goes on
+where it was: nodes answer a request that they know with the same bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple, Protocol
+
+import msgspec
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from ratchet.config.federation import FederateConfig
+from ratchet.errors import RatchetError, UserError
+from ratchet.federation import aggregation, messages
+from ratchet.federation.aggregation import Aggregate, LowRank
+from ratchet.federation.messages import write_message
+from ratchet.federation.secure import Sum
+from ratchet.federation.state import distance, read_state, state_tensors, updates_of, write_state
+from ratchet.files import read_json, write_bytes, write_json
+
+STATE, RECORD = "global.safetensors", "round.json"
+STEP_SECONDS = 120.0  # that a node has for a step without training
+WAIT_SECONDS = 30.0  # between two looks for nodes that are away
+
+Say = Callable[[str], None]
+
+
+class Link(Protocol):
+    """How the coordinator reaches its nodes."""
+
+    def nodes(self) -> dict[str, str]:
+        """Return the nodes that are connected: id → name."""
+
+    def ask(self, requests: Mapping[str, bytes], seconds: float, name: str) -> dict[str, bytes | str]:
+        """Send a request to each node (by id); return each one's reply, or the reason why there is none.
+
+        `name` is the same when a coordinator asks again after it was killed.
+        """
+
+
+class Plan(NamedTuple):
+    """What a run of rounds is about, the same for all its rounds."""
+
+    run: str
+    params: dict[str, dict[str, Any]]  # the sections tokenize, train and adapter
+    base: dict[str, Any]
+    adapter_config: dict[str, Any]
+    scale: float
+    settings: FederateConfig
+
+
+class Part(msgspec.Struct, frozen=True):
+    """What a node did in a round; under secure aggregation its rows are not known."""
+
+    name: str
+    rows: int | None
+    steps: int
+    seconds: float
+    train_loss: float
+    validation_loss: float | None
+
+
+class Round(msgspec.Struct, frozen=True):
+    """The record of a round. `left_out`: name → reason. `moved`: norm of the update's change."""
+
+    number: int
+    factors: str
+    nodes: list[Part]
+    left_out: dict[str, str]
+    rows: int
+    seconds: float
+    sent_bytes: int
+    received_bytes: int
+    moved: float
+
+    @property
+    def train_loss(self) -> float:
+        return _mean(self.nodes, "train_loss")
+
+    @property
+    def validation_loss(self) -> float | None:
+        return (
+            _mean(self.nodes, "validation_loss")
+            if all(part.validation_loss is not None for part in self.nodes)
+            else None
+        )
+
+
+def _mean(parts: Sequence[Part], what: str) -> float:
+    """Weighted by rows where they are known."""
+    weights = [part.rows if part.rows is not None else 1 for part in parts]
+    values = [float(getattr(part, what)) for part in parts]
+    return sum(weight * value for weight, value in zip(weights, values, strict=True)) / sum(weights)
+
+
+class Received(NamedTuple):
+    """What came back from the nodes of a round."""
+
+    parts: dict[str, Part]  # by node id
+    adapters: dict[str, dict[str, Tensor]]
+    left_out: dict[str, str]
+    received_bytes: int
+
+
+def run_rounds(
+    link: Link, folder: Path, start: Aggregate, plan: Plan, say: Say
+) -> tuple[Aggregate, list[Round]]:
+    """Return the global adapter after the last round, and the records of all.
+
+    Raises UserError: too few nodes took part in a round.
+    """
+    current, records = start, []
+    for number in range(1, plan.settings.rounds + 1):
+        home = folder / f"round-{number}"
+        home.mkdir(parents=True, exist_ok=True)
+        if (home / RECORD).exists():
+            record = msgspec.convert(read_json(home / RECORD), Round)
+            current = read_state(home / STATE)
+            say(f"round {number} of {plan.settings.rounds}: done before")
+        else:
+            current, record = _run_round(link, folder, current, plan, number, say)
+        records.append(record)
+    return current, records
+
+
+def factors_of(number: int, aggregate: str) -> str:
+    return "both" if aggregate != "alternate" else "up" if number % 2 else "down"
+
+
+def _run_round(
+    link: Link, folder: Path, current: Aggregate, plan: Plan, number: int, say: Say
+) -> tuple[Aggregate, Round]:
+    settings, home, began = plan.settings, folder / f"round-{number}", time.monotonic()
+    factors = factors_of(number, settings.aggregation)
+    nodes = _wait_for_nodes(link, home, settings, say)
+    params = {**plan.params, "train": {**plan.params["train"], "factors": factors}}
+    request = write_message(
+        messages.Train(
+            run=plan.run,
+            round=number,
+            params=params,
+            base=plan.base,
+            adapter_config=plan.adapter_config,
+            scale=plan.scale,
+            masked=settings.secure,
+        ),
+        state_tensors(current),
+    )
+    say(
+        f"round {number} of {settings.rounds}: {len(nodes)} nodes train ({', '.join(sorted(nodes.values()))})"
+    )
+    seconds = settings.round_minutes * 60
+    replies = link.ask(dict.fromkeys(nodes, request), seconds, f"{plan.run}-{number}-train")
+    received = _receive(replies, nodes, current, settings)
+    for name, reason in received.left_out.items():
+        say(f"round {number}: without {name}: {reason}")
+    _check_enough(received.parts, settings, received.left_out, number)
+    if settings.secure:
+        after, rows, received = _sum(link, received, nodes, current, plan, number, factors)
+    else:
+        rows = sum(part.rows or 0 for part in received.parts.values())
+        after = _aggregate(current, received, home.parent, number, settings)
+    after_update, before_update = (updates_of(aggregate) for aggregate in (after, current))
+    record = Round(
+        number,
+        factors,
+        sorted(received.parts.values(), key=lambda part: part.name),
+        received.left_out,
+        rows,
+        time.monotonic() - began,
+        len(request) * len(nodes),
+        received.received_bytes,
+        plan.scale * distance(after_update, before_update),
+    )
+    write_state(home / STATE, after)
+    write_json(home / RECORD, msgspec.to_builtins(record))
+    told = f", validation loss {record.validation_loss:.4f}" if record.validation_loss is not None else ""
+    losses = f"training loss {record.train_loss:.4f}{told}"
+    say(f"round {number}: {losses} at {len(record.nodes)} nodes with {rows} rows")
+    return after, record
+
+
+def _wait_for_nodes(link: Link, home: Path, settings: FederateConfig, say: Say) -> dict[str, str]:
+    """Return the nodes of the round: those that were asked before it was interrupted, or that are here."""
+    note, until, told = home / "nodes.json", time.monotonic() + settings.round_minutes * 60, False
+    if note.exists():
+        found: dict[str, str] = read_json(note)
+        return found
+    while len(nodes := link.nodes()) < settings.min_nodes:
+        if time.monotonic() > until:
+            raise UserError(
+                f"{len(nodes)} nodes are connected ({', '.join(sorted(nodes.values())) or 'none'}); "
+                f"`federate.min_nodes` asks for {settings.min_nodes}",
+                remedy="start the others (`ratchet federate join`), or lower federate.min_nodes",
+            )
+        if not told:
+            say(f"waiting for nodes: {len(nodes)} of {settings.min_nodes} are connected")
+            told = True
+        time.sleep(min(WAIT_SECONDS, 1.0))
+    write_json(note, nodes)
+    return nodes
+
+
+def _receive(
+    replies: Mapping[str, bytes | str], nodes: Mapping[str, str], current: Aggregate, settings: FederateConfig
+) -> Received:
+    """Read and check the replies; those that do not hold what they should are left out, with the reason."""
+    parts: dict[str, Part] = {}
+    adapters: dict[str, dict[str, Tensor]] = {}
+    left_out = {}
+    size = 0
+    for node, name in nodes.items():
+        reply = replies.get(node, "it did not answer")
+        try:
+            if isinstance(reply, str):
+                raise UserError(reply)
+            size += len(reply)
+            message = messages.read_reply(reply)
+            trained = message.header
+            if isinstance(trained, messages.Refused):
+                raise UserError(f"it refused: {trained.reason}")
+            if not isinstance(trained, messages.Trained):
+                raise UserError(f"it sent {type(trained).__name__} in place of an update")
+            if not math.isfinite(trained.train_loss) or (trained.rows < 1 and not settings.secure):
+                raise UserError(f"it trained on {trained.rows} rows to a loss of {trained.train_loss}")
+            messages.check_tensors(message.tensors, {} if settings.secure else current.adapter)
+        except RatchetError as error:
+            left_out[name] = str(error).splitlines()[0]
+            continue
+        rows = None if settings.secure else trained.rows
+        parts[node] = Part(
+            name, rows, trained.steps, trained.seconds, trained.train_loss, trained.validation_loss
+        )
+        if not settings.secure:
+            adapters[node] = message.tensors
+    received = Received(parts, adapters, left_out, size)
+    return received if settings.secure else _without_long(received, current, settings)
+
+
+def _without_long(received: Received, current: Aggregate, settings: FederateConfig) -> Received:
+    """Leave out updates that are much longer than the median one."""
+    if len(received.adapters) < 3:  # of two, neither is the odd one
+        return received
+    nodes = list(received.adapters)
+    norms = aggregation.distances([current.adapter, *received.adapters.values()])[0, 1:].tolist()
+    limit = settings.norm_limit * median(norms)
+    long = {node: norm for node, norm in zip(nodes, norms, strict=True) if norm > limit}
+    told = {
+        received.parts[
+            node
+        ].name: f"its update has the norm {norm:.3g}, over {settings.norm_limit:g} times the "
+        f"median {median(norms):.3g}"
+        for node, norm in long.items()
+    }
+    return Received(
+        {node: part for node, part in received.parts.items() if node not in long},
+        {node: adapter for node, adapter in received.adapters.items() if node not in long},
+        {**received.left_out, **told},
+        received.received_bytes,
+    )
+
+
+def _check_enough(
+    nodes: Mapping[str, object], settings: FederateConfig, left_out: Mapping[str, str], number: int
+) -> None:
+    if len(nodes) < settings.min_nodes:
+        why = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+        raise UserError(
+            f"round {number} has the updates of {len(nodes)} nodes, `federate.min_nodes` asks for "
+            f"{settings.min_nodes}" + (f" ({why})" if why else ""),
+            remedy="the champion stays; mend the nodes that are named, and start the training again",
+        )
+
+
+# --- aggregation ---
+
+
+def _aggregate(
+    current: Aggregate, received: Received, folder: Path, number: int, settings: FederateConfig
+) -> Aggregate:
+    nodes = sorted(received.adapters, key=lambda node: received.parts[node].name)
+    adapters = [received.adapters[node] for node in nodes]
+    weights = [float(received.parts[node].rows or 0) for node in nodes]
+    if settings.strategy == "krum":
+        return Aggregate(adapters[aggregation.krum(adapters, settings.poisoned)], current.residual)
+    if settings.strategy == "trimmed_mean":
+        return Aggregate(aggregation.trimmed_mean(adapters, settings.poisoned), current.residual)
+    if settings.aggregation == "exact":
+        mean = aggregation.mean_exactly(adapters, weights)
+        return Aggregate(mean.adapter, _added(mean.residual, current.residual))
+    mean_weights = aggregation.mean_of_weights(adapters, weights)
+    if settings.strategy == "fedadam":
+        mean_weights = _step(current.adapter, mean_weights, folder, number, settings.server_learning_rate)
+    return Aggregate(mean_weights, current.residual)
+
+
+def _added(one: Mapping[str, LowRank], other: Mapping[str, LowRank]) -> dict[str, LowRank]:
+    """Return the sum of residuals: all nodes trained beside `other`, so it is part of each one's update."""
+    found = {}
+    for layer in sorted({*one, *other}):
+        parts = [part[layer] for part in (one, other) if layer in part]
+        found[layer] = parts[0] if len(parts) == 1 else (parts[0] + parts[1]).cut()[0]
+    return found
+
+
+BETAS, EPSILON = (0.9, 0.99), 1e-3  # of FedAdam, arXiv 2003.00295
+
+
+def _step(
+    before: Mapping[str, Tensor], mean: Mapping[str, Tensor], folder: Path, number: int, rate: float
+) -> dict[str, Tensor]:
+    """Return the adapter after a step of Adam, whose gradient is what the nodes' mean would change."""
+    kept: dict[str, Tensor] = {}
+    path = folder / f"round-{number - 1}" / "adam.safetensors"
+    moments = load_file(path) if path.exists() else {}
+    after = {}
+    for name, weight in before.items():
+        change = (mean[name] - weight).float()
+        first = BETAS[0] * moments.get(f"first:{name}", torch.zeros_like(change)) + (1 - BETAS[0]) * change
+        second = (
+            BETAS[1] * moments.get(f"second:{name}", torch.full_like(change, EPSILON**2))
+            + (1 - BETAS[1]) * change.square()
+        )
+        kept |= {f"first:{name}": first, f"second:{name}": second}
+        after[name] = (weight + rate * first / (second.sqrt() + EPSILON)).to(weight.dtype)
+    write_bytes(folder / f"round-{number}" / "adam.safetensors", [save(kept)])
+    return after
+
+
+def _sum(
+    link: Link,
+    received: Received,
+    nodes: Mapping[str, str],
+    current: Aggregate,
+    plan: Plan,
+    number: int,
+    factors: str,
+) -> tuple[Aggregate, int, Received]:
+    """Return the aggregate and the number of rows from the nodes' masked sum. Raises UserError."""
+
+    def ask(requests: Mapping[str, bytes], step: str) -> dict[str, bytes | str]:
+        return link.ask(requests, STEP_SECONDS, f"{plan.run}-{number}-{step}")
+
+    summed = Sum(plan.run, number, ask, plan.settings.min_nodes).of(
+        list(received.parts), current.adapter, factors
+    )
+    left_out = {nodes[node]: reason for node, reason in summed.left_out.items()}
+    found = Received(
+        {node: received.parts[node] for node in summed.nodes},
+        {},
+        received.left_out | left_out,
+        received.received_bytes + summed.received_bytes,
+    )
+    return Aggregate(summed.weights, current.residual), summed.rows, found

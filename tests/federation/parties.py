@@ -1,0 +1,82 @@
+"""A federation on one machine without Flower: nodes as folders, and a link that calls each one's command."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ratchet.config.params import Config
+from ratchet.data.batches import write_batch
+from ratchet.federation.node import FOLDER, SETTINGS, Node
+from ratchet.files import write_json, write_text
+
+
+def make_node(root: Path, config: Config, rows: list[dict[str, Any]], **limits: Any) -> Path:
+    """A checkout of a node with one batch of rows."""
+    write_text(root / "params.yaml", json.dumps(config.model_dump(mode="json")))
+    write_batch(
+        root / "data/raw",
+        [msgspec.json.encode(row) for row in rows],
+        source="pydoc",
+        label="rows",
+        time="2026-01-01T00:00:00Z",
+        licence="PSF-2.0",
+        who="tests",
+        form="messages",
+    )
+    (root / "data/golden.jsonl").touch()
+    (root / "data/forgotten.jsonl").touch()
+    join(root, **limits)
+    return root
+
+
+def join(root: Path, **limits: Any) -> None:
+    settings = Node(root.name, "127.0.0.1:1", **limits)
+    (root / FOLDER).mkdir(parents=True, exist_ok=True)
+    write_json(root / FOLDER / SETTINGS, msgspec.to_builtins(settings))
+
+
+class Direct:
+    """A link that starts the command of each node, as its SuperNode would, and keeps all that is said."""
+
+    def __init__(self, roots: Mapping[str, Path]) -> None:
+        self.roots = dict(roots)
+        self.requests: list[tuple[str, str, bytes]] = []
+        self.replies: list[tuple[str, str, bytes | str]] = []
+        self.away: set[tuple[str, str]] = set()  # node, the end of a step's name
+
+    def nodes(self) -> dict[str, str]:
+        return {f"{number}": name for number, name in enumerate(sorted(self.roots), start=1)}
+
+    def ask(self, requests: Mapping[str, bytes], seconds: float, name: str) -> dict[str, bytes | str]:
+        names, found = self.nodes(), {}
+        for node, request in requests.items():
+            who = names[node]
+            self.requests.append((who, name, request))
+            gone = any(who == away and name.endswith(step) for away, step in self.away)
+            found[node] = "no reply within 1 s" if gone else self.call(self.roots[who], request)
+            self.replies.append((who, name, found[node]))
+        return found
+
+    def call(self, root: Path, request: bytes) -> bytes | str:
+        asked, reply = root / FOLDER / "request", root / FOLDER / "reply"
+        asked.write_bytes(request)
+        reply.unlink(missing_ok=True)
+        environment = {name: value for name, value in os.environ.items() if name != "RATCHET_ROOT"}
+        done = subprocess.run(
+            [sys.executable, "-m", "ratchet.federation.node", str(asked), str(reply)],
+            cwd=root,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        self.log = done.stdout + done.stderr
+        return reply.read_bytes() if reply.exists() else f"code {done.returncode}"
