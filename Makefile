@@ -12,7 +12,7 @@ TORCH_FLAGS := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
 # Prefect again: to import `flows.retrain` takes 8.2 s of CPU, not 3.3; `tasks.evaluate` 12, not 5.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo demo-multimodal demo-real install test test-e2e test-browser lint bench lock clean-demo
+.PHONY: demo demo-multimodal demo-real federated install test test-e2e test-browser lint bench lock clean-demo
 demo: $(VENV)/.core
 	$(BIN)/ratchet demo
 
@@ -32,7 +32,7 @@ test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 # Two at a time: each file has its own checkout, servers and ports.
-test-e2e: $(VENV)/.dev
+test-e2e: $(VENV)/.dev $(VENV)-federated/.made
 	$(BIN)/python -m pytest -m e2e --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-browser: $(VENV)/.dev
@@ -52,6 +52,9 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.drift
 	$(BIN)/python -m benchmarks.media
 	$(BIN)/python -m benchmarks.picture_drift
+
+# Flower, which carries messages between a coordinator and its nodes, beside the environment of everything else.
+federated: $(VENV)-federated/.made
 
 lock: $(VENV)/bin/uv
 	UV=$(BIN)/uv bash requirements/compile.sh
@@ -76,6 +79,12 @@ $(VENV)/.core: requirements/py$(MINOR).txt pyproject.toml $(VENV)/.torch
 	$(BIN)/uv pip install --python $(BIN)/python --quiet --no-deps --require-hashes -r $<
 	$(BIN)/uv pip install --python $(BIN)/python --quiet --no-deps --no-build-isolation --editable .
 	$(BIN)/uv pip check --python $(BIN)/python --quiet
+	@touch $@
+
+$(VENV)-federated/.made: requirements/py$(MINOR)-federated.txt | $(VENV)/bin/uv
+	$(PYTHON) -m venv $(VENV)-federated
+	$(BIN)/uv pip install --python $(VENV)-federated/bin/python --quiet --no-deps --require-hashes -r $<
+	$(BIN)/uv pip check --python $(VENV)-federated/bin/python --quiet
 	@touch $@
 
 $(VENV)/.dev: requirements/py$(MINOR)-dev.txt $(VENV)/.core

@@ -8,6 +8,7 @@ and the next run skips every stage and registers it.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ from ratchet.monitoring.topics import FILE as REGION
 from ratchet.monitoring.topics import Region, sources_for, write_region
 from ratchet.monitoring.verdicts import Topic
 from ratchet.pipeline.checkout import check_lock, locked, who
-from ratchet.pipeline.dag import KEYS, STAGES
+from ratchet.pipeline.dag import KEYS, STAGES, write_keys
 from ratchet.pipeline.dvc import Workspace, check_out, downstream, push_data, run_stage, stale_stages
 from ratchet.pipeline.stage import project_root
 from ratchet.pipeline.workspace import catch_up, land, open_workspace
@@ -98,40 +99,54 @@ def retrain(
         check_lock(home)
         if region:
             land_region(workspace, region)
-        stale = bring_up_to_date(workspace, force)
-        ran: dict[str, bool] = {}
-        began = time.monotonic()
-        try:
-            for stage in STAGES:
-                ran[stage] = stage_task.with_options(task_run_name=stage)(
-                    workspace, stage, needed=stage in stale or any(ran.values())
-                )
-                if stage == "prepare" and ran[stage]:
-                    ask_people(workspace, config)
-        except BaseException:  # drift's budget and cool-down count failed runs too
-            remember(home, reason=reason, seconds=time.monotonic() - began, run_key="", verdict="failed")
-            raise
-        commit = (
-            land_outputs(workspace, reason)
-            if any(ran.values())
-            else workspace.git("rev-parse", "HEAD").strip()
+        return go_round(workspace, config, reason, bring_up_to_date(workspace, force))
+
+
+def go_round(
+    workspace: Workspace,
+    config: Config,
+    reason: str,
+    stale: set[str],
+    train: Callable[[Workspace], None] | None = None,
+) -> Retrained:
+    """Run the stages from the first stale one to a verdict, land it, register the version, and decide.
+
+    `train` takes the place of the stage of that name: it writes the same outputs, and DVC records them.
+    """
+    home = workspace.root
+    ran: dict[str, bool] = {}
+    began = time.monotonic()
+    try:
+        for stage in STAGES:
+            needed = stage in stale or any(ran.values())
+            if stage == "train" and train:
+                ran[stage] = train_otherwise(workspace, train)
+            else:
+                ran[stage] = stage_task.with_options(task_run_name=stage)(workspace, stage, needed=needed)
+            if stage == "prepare" and ran[stage]:
+                ask_people(workspace, config)
+    except BaseException:  # drift's budget and cool-down count failed runs too
+        remember(home, reason=reason, seconds=time.monotonic() - began, run_key="", verdict="failed")
+        raise
+    commit = (
+        land_outputs(workspace, reason) if any(ran.values()) else workspace.git("rev-parse", "HEAD").strip()
+    )
+    found = read_findings(workspace.path)
+    if ran["train"]:
+        remember(
+            home,
+            reason=reason,
+            seconds=found.figures["seconds"],
+            run_key=found.manifest.run_key,
+            verdict=found.decision.verdict,
         )
-        found = read_findings(workspace.path)
-        if ran["train"]:
-            remember(
-                home,
-                reason=reason,
-                seconds=found.figures["seconds"],
-                run_key=found.manifest.run_key,
-                verdict=found.decision.verdict,
-            )
-        champion = read_champion(workspace.path)
-        if not any(ran.values()) and is_in_charge(home, champion, found):
-            say("the champion was made from exactly this: nothing to do")
-            version = champion.version if champion else None
-        else:
-            registered = publish(workspace, found, config, commit, reason)
-            version, champion = registered.number, decide(workspace, registered, found, config, reason)
+    champion = read_champion(workspace.path)
+    if not any(ran.values()) and is_in_charge(home, champion, found):
+        say("the champion was made from exactly this: nothing to do")
+        version = champion.version if champion else None
+    else:
+        registered = publish(workspace, found, config, commit, reason)
+        version, champion = registered.number, decide(workspace, registered, found, config, reason)
     return Retrained(
         verdict=found.decision.verdict,
         reasons=found.decision.reasons,
@@ -225,6 +240,16 @@ def stage_task(workspace: Workspace, stage: str, *, needed: bool) -> bool:
     with working(f"{stage} …"):
         # The command prints the gate's verdict and reasons at its end; here they would appear twice.
         return run_stage(workspace, stage, log_line if stage == "gate" else say)
+
+
+@task(name="train", **SETTINGS)
+def train_otherwise(workspace: Workspace, train: Callable[[Workspace], None]) -> bool:
+    """Make the outputs of the stage `train` in another way, and let DVC record them as the stage's."""
+    with working("train …"):
+        train(workspace)
+    write_keys(workspace.path)
+    workspace.dvc("commit", "--quiet", "--force", "train")
+    return True
 
 
 @task(name="doubts", **SETTINGS)

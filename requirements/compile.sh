@@ -20,5 +20,8 @@ for minor in 11 12 13; do
       --no-header --no-annotate --no-emit-index-url --no-emit-find-links "${skip[@]}" --quiet --output-file "$out"
     grep -E '^(nvidia|cuda|triton|torch)' "$out" && { echo "$out names a CUDA package: add it to the list in $0" >&2; exit 1; }
   done
+  # Flower has no solution beside the core, so it gets an environment of its own (make federated).
+  "$uv" pip compile requirements/federated.in --python-version "3.$minor" --python-platform linux --generate-hashes \
+    --no-header --no-annotate --no-emit-index-url --no-emit-find-links --quiet --output-file requirements/py3$minor-federated.txt
 done
 echo "locks written: $(ls requirements/*.txt | wc -l)"

@@ -13,18 +13,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import resource
 import sys
 from collections.abc import Callable
 from contextlib import closing, redirect_stdout
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ratchet.config.params import Config
 from ratchet.errors import BaseModelError
-from ratchet.files import read_json, require_space, sha256_file, sha256_json, whole_folder, write_json
+from ratchet.files import read_json, require_space, sha256_json, whole_folder, write_json
 from ratchet.media.store import FOLDER as MEDIA
 from ratchet.media.store import MediaStore
 from ratchet.models.adapters import (
@@ -32,9 +30,11 @@ from ratchet.models.adapters import (
     RESIDUAL,
     check_context,
     check_start,
+    complete_version,
     freeze_factor,
     load_trainable,
     save_trained,
+    versions,
 )
 from ratchet.models.loading import (
     MANIFEST,
@@ -42,11 +42,9 @@ from ratchet.models.loading import (
     compute_dtype,
     device,
     load_chat,
-    precision,
     quiet,
 )
-from ratchet.models.manifests import BaseName, read_base_manifest, write_generation
-from ratchet.models.processors import copy_processor
+from ratchet.models.manifests import read_base_manifest
 from ratchet.pipeline.dag import stage_key
 from ratchet.pipeline.stage import project_root, run_stage, say
 from ratchet.tracking.curve import History, LiveCopy, read_history
@@ -69,7 +67,6 @@ if TYPE_CHECKING:
     from ratchet.training.checkpoints import Checkpoints
 
 ROOM = 200 * 2**20  # bytes that must be free on the disk, beside the trained weights
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
 
 def train(tokens: Path, base: Path, incumbent: Path, out: Path, reports: Path, config: Config) -> Figures:
@@ -259,31 +256,18 @@ class Training:
 
         The manifest holds no time and no path, so that equal trainings give equal bytes.
         """
-        base = read_json(self._base / MANIFEST)
-        environment = {"python": platform.python_version(), **_versions()}
         with whole_folder(self._out) as folder:
             save_trained(trained.model, self._base, folder, trained.weights)
-            chat = load_chat(self._base)
-            chat.tokenizer.save_pretrained(folder)
-            copy_processor(self._base, folder)
-            write_generation(folder, chat.stop_ids, chat.pad_id)
-            manifest = {
-                "run_key": self.run_key,
-                "inputs": self._inputs,
+            complete_version(
+                folder,
+                self._base,
+                run_key=self.run_key,
+                inputs=self._inputs,
                 # Every batch that the weights have seen, the champion's included.
-                "batches": sorted(
-                    {*self._profile["batches"], *read_json(self._incumbent / MANIFEST)["batches"]}
-                ),
-                "canaries": self._profile.get("canaries", 0),
-                "adapter_sha256": adapter_sha256(folder),
-                "adapter": self._config.adapter.model_dump(mode="json"),
-                "base": {key: base[key] for key in BaseName.__struct_fields__ if key in base},
-                "max_length": self._profile["max_length"],
-                "precision": precision(self._config.adapter.method)[0],
-                "environment": environment,
-                "files": {path.name: sha256_file(path) for path in sorted(folder.iterdir())},
-            }
-            write_json(folder / MANIFEST, manifest)
+                batches={*self._profile["batches"], *read_json(self._incumbent / MANIFEST)["batches"]},
+                profile=self._profile,
+                adapter=self._config.adapter,
+            )
 
     def figures(self, trained: Trained) -> Figures:
         """Return the training's figures; call this after `save`, so that the memory peak includes saving."""
@@ -316,11 +300,7 @@ def _settings(config: Config) -> dict[str, object]:
 
 def _machine() -> dict[str, str]:
     """Return what the weights depend on besides the inputs; a training resumes only where it is equal."""
-    return {"device": device(), "computed": compute_dtype("auto")[0], **_versions()}
-
-
-def _versions() -> dict[str, str]:
-    return {package: version(package) for package in PACKAGES}
+    return {"device": device(), "computed": compute_dtype("auto")[0], **versions()}
 
 
 def _start_from(incumbent: Path, config: Config) -> bool:

@@ -150,10 +150,10 @@ def gate_explain(
     """
     root = find_root()
     config = read_config(root)
-    from ratchet.cli.explain import print_evaluation
     from ratchet.cli.retention import known_numbers
     from ratchet.reporting.evaluation_page import fetched, gather
     from ratchet.reporting.retention import build
+    from ratchet.reporting.terminal import print_evaluation
 
     numbers = known_numbers(root, config)
     commit, name = _find(root, version, numbers)

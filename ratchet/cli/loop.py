@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,6 +23,9 @@ from ratchet.cli.context import (
     show,
 )
 from ratchet.errors import UserError
+
+if TYPE_CHECKING:
+    from flows.retrain import Retrained
 
 
 def demo(
@@ -216,15 +219,15 @@ def retrain(
     from flows.retrain import retrain as flow
 
     done = flow(root=str(root), reason=reason, force=force, topics=_drifted_topics(root) if drift else None)
+    show(done._asdict(), as_json, lambda: tell_retrained(done))
 
-    def tell() -> None:
-        ran = ", ".join(stage for stage, did in done.stages.items() if did) or "nothing, all unchanged"
-        version = f"v{done.version}" if done.version else "no version"
-        say(f"verdict: {done.verdict} ({version}); in charge: {name_version(done.champion)}; ran: {ran}")
-        for line in [*done.reasons, *done.regions]:
-            say(f"  {line}")
 
-    show(done._asdict(), as_json, tell)
+def tell_retrained(done: Retrained) -> None:
+    ran = ", ".join(stage for stage, did in done.stages.items() if did) or "nothing, all unchanged"
+    version = f"v{done.version}" if done.version else "no version"
+    say(f"verdict: {done.verdict} ({version}); in charge: {name_version(done.champion)}; ran: {ran}")
+    for line in [*done.reasons, *done.regions]:
+        say(f"  {line}")
 
 
 def _drifted_topics(root: Path) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from ratchet.cli import data, gate, loop, promotion, review, services, training
+from ratchet.cli import data, federation, gate, loop, promotion, review, services, training
 from ratchet.cli.context import Here, add_old_name
 from ratchet.cli.export import export
 from ratchet.cli.retention import retention
@@ -55,6 +55,7 @@ app.add_typer(services.keys, name="keys")
 app.add_typer(gate.app, name="gate")
 app.add_typer(review.app, name="review")
 app.add_typer(data.app, name="data")
+app.add_typer(federation.app, name="federate")
 
 
 def main() -> None:

@@ -33,10 +33,12 @@ def retention(
 
     Example: ratchet retention --fill
     """
+    from ratchet.reporting.terminal import print_retention
+
     root = find_root()
     config = read_config(root)
     found = read(root, config, metric or config.gate.metric, fill=fill)
-    show(found, as_json, lambda: print_table(found))
+    show(found, as_json, lambda: print_retention(found))
 
 
 def read(root: Path, config: Config, metric: str, *, fill: bool = False) -> Retention:
@@ -86,29 +88,3 @@ def _mlflow_answers(root: Path, config: Config) -> bool:
 
     enter(root, config)
     return any(service.name == "mlflow" and service.answers for service in list_services(root, config))
-
-
-def print_table(found: Retention) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    from ratchet.reporting.heatmap import short
-
-    console = Console()
-    if not found.versions:
-        console.print("no evaluation has landed yet: ratchet retrain")
-        return
-    table = Table(title=f"{found.metric.replace('_', ' ')}, with 95 % intervals", title_justify="left")
-    table.add_column("version", no_wrap=True)
-    for name in found.slices:
-        table.add_column(Text(f"{short(name)}\n{found.rows[name]} rows"), overflow="fold")
-    for row in found.versions:
-        cells = [row.cells[name] for name in found.slices]
-        texts = (Text(cell.text(".3f")) if cell else Text("not asked", style="dim") for cell in cells)
-        table.add_row(Text(row.name), *texts)
-    console.print(table)
-    if any(cell is None for row in found.versions for cell in row.cells.values()):
-        console.print(Text("not asked: rows that came after that version; ratchet retention --fill asks it"))
-    for fault in found.faults:
-        console.print(Text(f"left out: {fault}"))

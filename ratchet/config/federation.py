@@ -82,8 +82,8 @@ class FederateConfig(Section):
     def _goes_together(self) -> FederateConfig:
         if self.secure and self.aggregation != "alternate":
             raise ValueError(
-                f"federate.secure is true and federate.aggregation {self.aggregation!r}: the mean of products "
-                "needs each node's own update; set `federate.aggregation: alternate`"
+                f"federate.secure is true, federate.aggregation {self.aggregation!r}: the mean of products takes "
+                "each node's own; set `federate.aggregation: alternate`"
             )
         if self.secure and self.strategy != "fedavg":
             raise ValueError(
@@ -92,8 +92,8 @@ class FederateConfig(Section):
             )
         if self.secure and self.min_nodes < 3:  # of two, each knows the other's update from the sum
             raise ValueError(
-                f"federate.secure is true and federate.min_nodes {self.min_nodes}: of two nodes each could "
-                "take its own update from the sum; set `federate.min_nodes: 3`"
+                f"federate.secure is true and federate.min_nodes {self.min_nodes}: from the sum of two, each "
+                "node knows the other's; set `federate.min_nodes: 3`"
             )
         if self.strategy == "fedadam" and self.aggregation == "exact":
             raise ValueError(

@@ -91,8 +91,8 @@ class Config(Section):
             )
         if self.train.factors != "both" and method not in ("lora", "qlora", "rslora"):
             raise ValueError(
-                f"train.factors is {self.train.factors!r}: `adapter.method: {method}` has no two factors that "
-                "could be trained in turn; set `train.factors: both`"
+                f"train.factors is {self.train.factors!r}: `adapter.method: {method}` has no two factors to "
+                "train in turn; set `train.factors: both`"
             )
         if method in ("prefix", "prompt", "ia3") and self.base.new_tokens:
             raise ValueError(

@@ -5,26 +5,39 @@ docs/training.md says what each method can and cannot do.
 
 from __future__ import annotations
 
+import platform
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ratchet.config.training import AdapterConfig
 from ratchet.errors import BaseModelError, ConfigError, RatchetError
-from ratchet.files import read_json
+from ratchet.files import read_json, sha256_file, write_json
 from ratchet.models.loading import (
     WEIGHTS,
+    adapter_sha256,
     is_full,
     language_model,
     load_adapter,
     load_base,
+    load_chat,
     load_full,
     outside_language,
     precision,
     quiet,
 )
-from ratchet.models.manifests import MANIFEST, AdapterRecord, read_base_manifest, read_trained_manifest
+from ratchet.models.manifests import (
+    MANIFEST,
+    AdapterRecord,
+    BaseName,
+    read_base_manifest,
+    read_trained_manifest,
+    write_generation,
+)
+from ratchet.models.processors import copy_processor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +45,7 @@ if TYPE_CHECKING:
 LORA_FAMILY = ("lora", "qlora", "dora", "rslora")
 PREFIXED = ("prefix", "prompt")  # they put virtual tokens before every row, so rows cannot share a window
 ALL_LINEAR = "all-linear"
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 RESIDUAL = "residual"  # a second adapter beside the one that is trained, and the folder inside it
 # Names of the layers that turn a picture's features into tokens, as transformers gives them.
 PROJECTOR = re.compile(
@@ -478,6 +492,45 @@ def save_trained(model: Any, base: Path, folder: Path, weights: dict[str, Tensor
         selected_adapters=["default"],
     )
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours follows with the gate's table
+
+
+def complete_version(
+    folder: Path,
+    base: Path,
+    *,
+    run_key: str,
+    inputs: Mapping[str, str],
+    batches: Collection[str],
+    profile: Mapping[str, Any],
+    adapter: AdapterConfig,
+    more: Mapping[str, object] = MappingProxyType({}),
+) -> None:
+    """Write the tokenizer, the processor and last the manifest beside the trained weights in `folder`."""
+    described = read_json(base / MANIFEST)
+    chat = load_chat(base)
+    chat.tokenizer.save_pretrained(folder)
+    copy_processor(base, folder)
+    write_generation(folder, chat.stop_ids, chat.pad_id)
+    manifest = {
+        "run_key": run_key,
+        "inputs": inputs,
+        "batches": sorted(batches),
+        "canaries": profile.get("canaries", 0),
+        "adapter_sha256": adapter_sha256(folder),
+        "adapter": adapter.model_dump(mode="json"),
+        "base": {key: described[key] for key in BaseName.__struct_fields__ if key in described},
+        "max_length": profile["max_length"],
+        "precision": precision(adapter.method)[0],
+        "environment": {"python": platform.python_version(), **versions()},
+        **more,
+        "files": {path.name: sha256_file(path) for path in sorted(folder.iterdir())},
+    }
+    write_json(folder / MANIFEST, manifest)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the libraries that weights depend on."""
+    return {package: version(package) for package in PACKAGES}
 
 
 def check_start(incumbent: Path, config: AdapterConfig) -> None:

@@ -15,6 +15,7 @@ from ratchet.services.environment import HOST, NO_TELEMETRY, prefect_api, servic
 if TYPE_CHECKING:
     from ratchet.config.params import Config
 
+FEDERATION = "federation"  # the service's name
 GRACE_SECONDS = 8.0  # from SIGTERM to the next signal
 LAST_WORDS_SECONDS = 20.0  # for the gateway to close its engine and write its log, after its last answer
 
@@ -161,3 +162,22 @@ def _plan_gateway(root: Path, config: Config) -> Plan:
 def _drop(environment: Mapping[str, str], prefix: str) -> dict[str, str]:
     """Drop the variables with `prefix`, which may name the database or the address of another server."""
     return {name: value for name, value in environment.items() if not name.startswith(prefix)}
+
+
+def plan_federation(root: Path, side: str, settings: str, config: Config) -> Plan:
+    """Plan one side of a federation: "coordinator" or "node" (`ratchet.federation.party`)."""
+    coordinator = side == "coordinator"
+    environment = {
+        **_drop(_drop(os.environ, "MLFLOW_"), "PREFECT_"),
+        **NO_TELEMETRY,
+        "RATCHET_ROOT": str(root),
+    }
+    return Plan(
+        FEDERATION,
+        config.federate.port,
+        "federate.port" if coordinator else None,
+        f"{side}: {settings}",
+        [sys.executable, "-m", "ratchet.federation.party", side],
+        root,
+        environment,
+    )

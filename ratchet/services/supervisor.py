@@ -90,6 +90,44 @@ def start_services(root: Path, config: Config, *, report: Report) -> list[Servic
         return list_services(root, config)
 
 
+def start_service(
+    root: Path, plan: Plan, is_ready: Callable[[], bool], timeout: float, report: Report
+) -> None:
+    """Start one service that is not among those of `ratchet up`, and wait until it is ready.
+
+    Raises ServiceError when it dies or takes too long; it is stopped then.
+    """
+    root, began = root.resolve(), time.monotonic()
+    with locked(root, "up", wait=False):
+        if _is_kept(root, plan):
+            report(f"{plan.name}: runs already")
+            return
+        if plan.key:
+            require_free_port(plan.port, plan.key)
+        _start(root, plan, report)
+        try:
+            while not is_ready():
+                record, waited = _read_record(root, plan.name), time.monotonic() - began
+                if record is None or _find_process(record) is None:
+                    raise ServiceError(
+                        f"{plan.name} ended before it was ready\n{_quote_log(root, plan.name)}"
+                    )
+                if waited > timeout:
+                    raise ServiceError(
+                        f"{plan.name} is not ready after {timeout:.0f} s\n{_quote_log(root, plan.name)}"
+                    )
+                time.sleep(0.3)
+        except BaseException:
+            stop_service(root, plan.name)
+            raise
+
+
+def is_running(root: Path, name: str) -> bool:
+    """Return whether the process of a service runs."""
+    record = _read_record(root.resolve(), name)
+    return bool(record and _find_process(record))
+
+
 def stop_services(root: Path, *, report: Report) -> list[str]:
     """End what `start_services` recorded and return the names of what ran.
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from evaluation_reports import BATCHES, HOSTILE, RETENTION, make_reports
 
-from ratchet.cli.explain import print_evaluation
 from ratchet.errors import RatchetError
 from ratchet.files import read_json, write_json
 from ratchet.reporting.evaluation_page import gather, render_evaluation
+from ratchet.reporting.terminal import print_evaluation
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ folder of the exchange is named by RATCHET_EXCHANGE:
     ask-N/NODE.request      bytes for one node
     ask-N/NODE.reply        bytes of its reply, or NODE.error with a reason
     ask-N/done              when there is nothing more to come
-    stop                    ends the app
+    alive                   touched while the app runs
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 app = ServerApp()
+nothing = ClientApp()  # a node runs its own command, see node_app.py
 POLL = 0.2  # seconds between two looks at the folder
 NODES = 2.0  # seconds between two looks at who is connected
 
@@ -31,7 +33,8 @@ NODES = 2.0  # seconds between two looks at who is connected
 @app.main()  # type: ignore[untyped-decorator]
 def main(grid: Grid, context: Context) -> None:
     exchange, seen, looked = Path(os.environ["RATCHET_EXCHANGE"]), None, 0.0
-    while not (exchange / "stop").exists():
+    while True:
+        (exchange / "alive").touch()
         if time.monotonic() - looked > NODES:
             looked, nodes = time.monotonic(), sorted(grid.get_node_ids())
             if nodes != seen:
@@ -58,7 +61,8 @@ def relay(grid: Grid, folder: Path) -> None:
             else:
                 write(folder / f"{path.stem}.error", b"the node is not connected")
     until = time.monotonic() + seconds
-    while waiting and time.monotonic() < until and not (folder / "stop").exists():
+    while waiting and time.monotonic() < until:
+        (folder.parent / "alive").touch()
         for reply in grid.pull_messages(list(waiting)):
             node = waiting.pop(reply.metadata.reply_to_message_id)
             if reply.has_error():

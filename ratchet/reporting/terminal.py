@@ -1,4 +1,4 @@
-"""Print the output of `ratchet gate explain`: the content of the evaluation's page, for a terminal."""
+"""Print for a terminal: the page of an evaluation (`ratchet gate explain`), what versions still know."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
     from ratchet.evaluation.statistics import Interval
     from ratchet.reporting.evaluation_page import Cells, Evaluated, Moved
+    from ratchet.reporting.retention import Retention
     from ratchet.tracking.curve import Point
 
 MOST_POINTS = 12  # of the curve that are printed
@@ -19,7 +20,6 @@ def print_evaluation(found: Evaluated) -> None:
     from rich.markup import escape
     from rich.text import Text
 
-    from ratchet.cli.retention import print_table
     from ratchet.reporting.markdown import LABELS, VERDICTS, audit_lines, mark
 
     console, decision, models = Console(), found.decision, found.models
@@ -41,7 +41,7 @@ def print_evaluation(found: Evaluated) -> None:
     for line in audit_lines(found.metrics, decision):
         console.print(Text(line))
     if found.retention:
-        print_table(found.retention)
+        print_retention(found.retention)
     if found.rows_fault:
         console.print(f"the rows cannot be read: {escape(found.rows_fault)}")
     console.print(_moved("rows that got better", found.better, rival, found.name))
@@ -100,3 +100,29 @@ def _text(words: str, most: int = 80) -> Any:
 
 def _cell(found: Interval | None) -> str:
     return f"{found.mean:.3f} ({found.low:.3f} to {found.high:.3f})" if found else ""
+
+
+def print_retention(found: Retention) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from ratchet.reporting.heatmap import short
+
+    console = Console()
+    if not found.versions:
+        console.print("no evaluation has landed yet: ratchet retrain")
+        return
+    table = Table(title=f"{found.metric.replace('_', ' ')}, with 95 % intervals", title_justify="left")
+    table.add_column("version", no_wrap=True)
+    for name in found.slices:
+        table.add_column(Text(f"{short(name)}\n{found.rows[name]} rows"), overflow="fold")
+    for row in found.versions:
+        cells = [row.cells[name] for name in found.slices]
+        texts = (Text(cell.text(".3f")) if cell else Text("not asked", style="dim") for cell in cells)
+        table.add_row(Text(row.name), *texts)
+    console.print(table)
+    if any(cell is None for row in found.versions for cell in row.cells.values()):
+        console.print(Text("not asked: rows that came after that version; ratchet retention --fill asks it"))
+    for fault in found.faults:
+        console.print(Text(f"left out: {fault}"))

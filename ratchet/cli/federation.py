@@ -1,0 +1,161 @@
+"""`ratchet federate`: train together with nodes that keep their rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ratchet.cli.context import Json, Reason, find_root, note, read_config, ready_root, say, show
+
+if TYPE_CHECKING:
+    from ratchet.config.params import Config
+
+app = typer.Typer(
+    help="Train together with nodes that keep their rows.", no_args_is_help=True, rich_markup_mode=None
+)
+
+
+@app.command("up")
+def up() -> None:
+    """Start the coordinator's link to its nodes. Example: ratchet federate up"""
+    from ratchet.federation.flower import FOLDER
+    from ratchet.federation.party import READY
+
+    root = find_root()
+    config = read_config(root)
+    settings = config.federate
+    shown = {"host": settings.host, "port": settings.port, "names": settings.names}
+    _start(root, "coordinator", json.dumps(shown), root / FOLDER / READY, config)
+    say(f"nodes reach it on {settings.names[0]}:{settings.port}; ratchet federate invite NAME")
+
+
+@app.command("down")
+def down() -> None:
+    """Stop the link, of a coordinator or of a node. Example: ratchet federate down"""
+    from ratchet.services.specs import FEDERATION
+    from ratchet.services.supervisor import stop_service
+
+    stopped = stop_service(find_root().resolve(), FEDERATION)
+    say("stopped" if stopped else "it does not run")
+
+
+@app.command("invite")
+def invite(
+    name: Annotated[str, typer.Argument(help="What the node is called.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The invitation's file; otherwise NAME.invitation.")
+    ] = None,
+    public_key: Annotated[
+        Path | None,
+        typer.Option(
+            "--public-key", help="The node's own key (`ratchet federate key`); otherwise one is made for it."
+        ),
+    ] = None,
+) -> None:
+    """Take a node in, and write an invitation: whoever holds the file can join in its name.
+
+    Example: ratchet federate invite hospital-a
+    """
+    from ratchet.federation.invitations import invite as take_in
+
+    root = find_root()
+    path = take_in(root, read_config(root), name, out or Path(f"{name}.invitation"), public_key)
+    say(f"{path}: give it to {name} on a safe way, it holds a key; there: ratchet federate join {path.name}")
+
+
+@app.command("remove")
+def remove(name: Annotated[str, typer.Argument(help="The node.")]) -> None:
+    """Put a node out: it cannot connect any more. What it taught stays in the versions that exist.
+
+    Example: ratchet federate remove hospital-a
+    """
+    from ratchet.federation.invitations import remove as put_out
+
+    root = find_root()
+    put_out(root, read_config(root), name)
+    say(
+        f"{name} is out. For a version without its share: set `train.start_from: base`, and ratchet federate "
+        "run. Versions that it took part in stay in the registry"
+    )
+
+
+@app.command("key")
+def key() -> None:
+    """Print this node's public key, for an invitation without a key. Example: ratchet federate key"""
+    from ratchet.federation.certificates import node_key
+    from ratchet.federation.node import FOLDER
+    from ratchet.federation.party import NODE_KEY
+
+    say(node_key(find_root() / FOLDER / NODE_KEY))
+
+
+@app.command("join")
+def join(
+    invitation: Annotated[Path | None, typer.Argument(help="The coordinator's file; once.")] = None,
+    rounds_a_day: Annotated[
+        int | None, typer.Option("--rounds-a-day", min=1, help="Rounds that this node takes part in a day.")
+    ] = None,
+    hours: Annotated[str, typer.Option("--hours", help="When it trains, such as 20-6.")] = "",
+) -> None:
+    """Connect this checkout as a node, and train when asked, until `ratchet federate down`.
+
+    Example: ratchet federate join hospital-a.invitation --hours 20-6
+    """
+    from ratchet.federation.invitations import accept
+    from ratchet.federation.node import FOLDER, read_node
+    from ratchet.federation.party import READY
+
+    root = find_root()
+    if invitation:
+        accept(root, invitation, rounds_a_day, hours)
+    node = read_node(root)
+    _start(root, "node", node.url, root / FOLDER / READY, read_config(root))
+    say(f"{node.name} is connected to {node.url}, and trains when asked: ratchet federate status")
+
+
+@app.command("leave")
+def leave() -> None:
+    """Disconnect, and remove the key: to join again takes another invitation. Rows and rounds' records stay.
+
+    Example: ratchet federate leave
+    """
+    from ratchet.federation.invitations import forget
+
+    down()
+    forget(find_root())
+
+
+@app.command("run")
+def run(reason: Reason = "by hand", as_json: Json = False) -> None:
+    """Train with the nodes that are connected, and judge the candidate as `ratchet retrain` does.
+
+    Example: ratchet federate run --reason "a month of new rows"
+    """
+    root = ready_root()
+    from flows.federate import federate
+    from ratchet.cli.loop import tell_retrained
+
+    found = federate(root=str(root), reason=reason)
+    show(found._asdict(), as_json, lambda: tell_retrained(found))
+
+
+@app.command("status")
+def status(as_json: Json = False) -> None:
+    """Show the nodes and rounds: at a coordinator all, at a node its own. Example: ratchet federate status"""
+    from ratchet.federation.status import describe, see_federation
+
+    found = see_federation(find_root())
+    show(found, as_json, lambda: say("\n".join(describe(found))))
+
+
+def _start(root: Path, side: str, settings: str, ready: Path, config: Config) -> None:
+    from ratchet.federation.flower import flower
+    from ratchet.services.specs import plan_federation
+    from ratchet.services.supervisor import start_service
+
+    flower("flower-superlink")  # said before anything starts
+    plan = plan_federation(root.resolve(), side, settings, config)
+    start_service(root, plan, ready.exists, config.services.start_timeout, note)

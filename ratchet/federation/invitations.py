@@ -1,0 +1,124 @@
+"""Take nodes in and put them out, at the coordinator; accept an invitation, at a node.
+
+An invitation is one JSON file: the node's name, the coordinator's address and certificate authority, and a
+key for the node. The coordinator keeps the public half alone. A node that made its key itself gets an
+invitation without one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import tempfile
+from pathlib import Path
+
+import msgspec
+
+from ratchet.config.params import Config
+from ratchet.errors import RatchetError, UserError
+from ratchet.federation import flower, node
+from ratchet.federation.certificates import AUTHORITY, node_key, write_secret
+from ratchet.federation.flower import Control, read_names
+from ratchet.federation.party import NODE_AUTHORITY, NODE_KEY, READY
+from ratchet.files import write_json, write_text
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+HOURS = re.compile(r"([01]?\d|2[0-4])-([01]?\d|2[0-4])")
+
+
+class Invitation(msgspec.Struct, frozen=True):
+    name: str
+    url: str  # host:port
+    authority: str  # PEM
+    key: str  # OpenSSH, or "" where the node has its own
+
+
+def invite(root: Path, config: Config, name: str, out: Path, public_key: Path | None = None) -> Path:
+    """Register a node, and write its invitation, mode 0600.
+
+    Raises UserError: the name is taken or no name, or the link does not run.
+    """
+    folder = root / flower.FOLDER
+    _require_link(folder)
+    if not NAME.fullmatch(name):
+        raise UserError(f"a node's name is {name!r}", remedy="use letters, digits, dots and dashes, up to 64")
+    names = read_names(folder)
+    if name in names.values():
+        raise UserError(
+            f"a node is called {name} already", remedy=f"ratchet federate remove {name}, or another name"
+        )
+    if out.exists():
+        raise UserError(f"{out} exists", remedy="name another file with --out")
+    with tempfile.TemporaryDirectory(prefix="ratchet-invite-") as scratch:
+        private = Path(scratch) / "key"
+        public = public_key or Path(scratch) / "key.pub"
+        if public_key is None:
+            write_text(public, node_key(private))
+        number = Control(folder, config.federate.superlink_port).register(name, public)
+        key = "" if public_key else private.read_text()
+    write_json(folder / "nodes.json", {**names, number: name})
+    url = f"{config.federate.names[0]}:{config.federate.port}"
+    invitation = Invitation(name, url, (folder / "tls" / AUTHORITY).read_text(), key)
+    write_secret(out, msgspec.json.format(msgspec.json.encode(invitation)))
+    return out
+
+
+def remove(root: Path, config: Config, name: str) -> None:
+    """Put a node out. Raises UserError: there is none of that name, or the link does not run."""
+    folder = root / flower.FOLDER
+    names = read_names(folder)
+    numbers = [number for number, known in names.items() if known == name]
+    if not numbers:
+        raise UserError(
+            f"no node is called {name}; there are {', '.join(sorted(names.values())) or 'none'}",
+            remedy="ratchet federate status",
+        )
+    _require_link(folder)
+    Control(folder, config.federate.superlink_port).unregister(numbers[0])
+    write_json(folder / "nodes.json", {number: known for number, known in names.items() if known != name})
+
+
+def _require_link(folder: Path) -> None:
+    if not (folder / READY).exists():
+        raise UserError("the coordinator's link does not run", remedy="ratchet federate up")
+
+
+def accept(root: Path, path: Path, rounds_a_day: int | None, hours: str) -> None:
+    """Take the coordinator's address and this node's key from an invitation.
+
+    Raises UserError: it cannot be read, or holds no key and this node has none; or `hours` is no range.
+    """
+    if hours and not HOURS.fullmatch(hours):
+        raise UserError(f"--hours is {hours!r}", remedy="give two full hours, such as 20-6")
+    try:
+        found = msgspec.json.decode(path.read_bytes(), type=Invitation)
+    except (OSError, msgspec.DecodeError) as error:
+        raise UserError(
+            f"{path} is no invitation: {error}", remedy="ask the coordinator: ratchet federate invite NAME"
+        ) from None
+    folder = root / node.FOLDER
+    key = folder / NODE_KEY
+    if found.key:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_secret(key, found.key.encode())
+    elif not key.exists():
+        raise UserError(
+            f"{path} holds no key, and this checkout has none",
+            remedy="`ratchet federate key` makes one; give it to the coordinator for the invitation",
+        )
+    node_key(key)
+    write_text(folder / NODE_AUTHORITY, found.authority)
+    settings = node.Node(found.name, found.url, rounds_a_day, hours)
+    write_json(folder / node.SETTINGS, msgspec.to_builtins(settings))
+
+
+def forget(root: Path) -> None:
+    """Remove a node's key and settings, and all that rounds left but their records."""
+    import shutil
+
+    folder = root / node.FOLDER
+    for name in (NODE_KEY, NODE_AUTHORITY, node.SETTINGS):
+        (folder / name).unlink(missing_ok=True)
+    for name in ("work", "replies", "supernode"):
+        with contextlib.suppress(OSError, RatchetError):
+            shutil.rmtree(folder / name)

@@ -1,0 +1,78 @@
+"""See a federation from this checkout: as its coordinator, or as one of its nodes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from ratchet.federation import flower, node
+from ratchet.federation.flower import read_names
+from ratchet.federation.node import Done, Node, read_node, read_rounds
+from ratchet.federation.rounds import RECORD, Round
+from ratchet.files import read_json
+from ratchet.services.specs import FEDERATION
+from ratchet.services.supervisor import is_running
+
+
+class Federation(msgspec.Struct, frozen=True):
+    """`nodes`: name → whether it is connected. `rounds` are those of a run that goes on."""
+
+    runs: bool
+    nodes: dict[str, bool]
+    rounds: list[Round]
+    last: list[Round]  # of the newest version that was trained here together
+    node: Node | None
+    took_part: list[Done]
+
+
+def see_federation(root: Path) -> Federation:
+    folder, reports = root / flower.FOLDER, root / "reports/train/rounds.json"
+    runs, names = is_running(root, FEDERATION), read_names(folder)
+    connected = folder / "exchange/nodes.json"
+    here = set(read_json(connected)) if runs and connected.exists() else set()
+    records = sorted(
+        (folder / "run/rounds").glob(f"round-*/{RECORD}"), key=lambda path: int(path.parent.name[6:])
+    )
+    joined = (root / node.FOLDER / node.SETTINGS).exists()
+    return Federation(
+        runs,
+        {name: number in here for number, name in names.items()},
+        [msgspec.convert(read_json(path), Round) for path in records],
+        msgspec.convert(read_json(reports), list[Round]) if reports.exists() else [],
+        read_node(root) if joined else None,
+        read_rounds(root),
+    )
+
+
+def describe(found: Federation) -> list[str]:
+    """Describe it, a line each."""
+    link = "runs" if found.runs else "does not run: ratchet federate up, or join"
+    lines = [f"link    {link}"]
+    if found.node:
+        lines.append(f"node    {found.node.name}, of the coordinator at {found.node.url}")
+        lines += [_told(done) for done in found.took_part[-10:]]
+        return lines
+    if not found.nodes:
+        lines.append("nodes   none yet: ratchet federate invite NAME")
+    for name, connected in sorted(found.nodes.items()):
+        lines.append(f"node    {name}: {'connected' if connected else 'away'}")
+    for title, rounds in (("round", found.rounds), ("last", found.last)):
+        for each in rounds:
+            loss = f", validation loss {each.validation_loss:.4f}" if each.validation_loss is not None else ""
+            took = ", ".join(part.name for part in each.nodes)
+            sent = (each.sent_bytes + each.received_bytes) / 2**20
+            lines.append(
+                f"{title:7} {each.number}: {took}; {each.rows} rows, training loss "
+                f"{each.train_loss:.4f}{loss}; {each.seconds:.0f} s, {sent:.1f} MiB"
+            )
+            lines += [f"        without {name}: {why}" for name, why in each.left_out.items()]
+    return lines
+
+
+def _told(done: Done) -> str:
+    loss = f", validation loss {done.validation_loss:.4f}" if done.validation_loss is not None else ""
+    return (
+        f"round   {done.round} of {done.run} at {done.time}: {done.rows} rows, {done.steps} steps in "
+        f"{done.seconds:.0f} s, training loss {done.train_loss:.4f}{loss}"
+    )

@@ -1,0 +1,206 @@
+"""Make a candidate with the nodes of a federation: what the flow `federate` does in place of `tasks.train`.
+
+Writes the same outputs: models/candidate, and the curve and the figures in reports/train, with the record of
+each round. The rounds' own state is in .ratchet/federation of the checkout until the candidate has landed, so
+a run that was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+import resource
+import secrets
+import shutil
+import tempfile
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from safetensors.torch import load_file
+
+from ratchet.config.params import Config
+from ratchet.errors import BaseModelError, ConfigError
+from ratchet.federation.aggregation import Aggregate, fold
+from ratchet.federation.node import identity, write_adapter
+from ratchet.federation.rounds import Link, Plan, Round, Say, run_rounds
+from ratchet.federation.state import split
+from ratchet.files import read_json, sha256_json, whole_folder, write_json
+from ratchet.models.adapters import complete_version, load_trainable, save_trained
+from ratchet.models.loading import MANIFEST, WEIGHTS, adapter_sha256
+from ratchet.models.manifests import read_trained_manifest
+from ratchet.pipeline.dag import stage_key
+from ratchet.tracking.curve import History
+from ratchet.training.schedule import Figures
+
+RUN = Path(".ratchet/federation/coordinator/run")
+ROUNDS = "rounds.json"  # beside the figures of the training
+SECTIONS = ("tokenize", "train", "adapter")  # of params.yaml: what the nodes take from the coordinator
+
+
+def check_trainable(config: Config) -> None:
+    """Raise ConfigError for settings under which updates cannot be aggregated."""
+    adapter, train = config.adapter, config.train
+    if adapter.method not in ("lora", "qlora", "rslora"):
+        raise ConfigError(
+            f"adapter.method is {adapter.method!r}: a federation aggregates updates B·A, which `lora`, "
+            "`qlora` and `rslora` have",
+            remedy="set `adapter.method: lora`",
+        )
+    if adapter.projector == "whole" or adapter.modules_to_save or adapter.bias != "none":
+        raise ConfigError(
+            "adapter.projector, modules_to_save or bias asks for weights that are trained whole",
+            remedy="a federation trains updates of a rank alone: set them to frozen, [] and none",
+        )
+    if train.processes > 1:
+        raise ConfigError(
+            f"train.processes is {train.processes}, and nodes may have fewer cores or GPUs",
+            remedy="set `train.processes: 1` for a federation",
+        )
+    if train.teacher:
+        raise ConfigError(
+            f"train.teacher is {train.teacher!r}; nodes have no champion to learn from",
+            remedy="set `train.teacher: ''` for a federation",
+        )
+
+
+def train_together(workspace: Path, root: Path, config: Config, link: Link, say: Say) -> Figures:
+    """Run the rounds from `workspace`'s base and incumbent; write the candidate and its reports there.
+
+    Raises UserError: too few nodes take part; BaseModelError: the champion cannot be gone on from.
+    """
+    base, incumbent = workspace / "models/base", workspace / "models/incumbent"
+    adapter = config.adapter
+    scale = adapter.alpha / (adapter.rank**0.5 if adapter.method == "rslora" else adapter.rank)
+    start, adapter_config, from_champion = _start(base, incumbent, config, scale)
+    params = {name: getattr(config, name).model_dump(mode="json") for name in SECTIONS}
+    inputs = {
+        "base": sha256_json(identity(base)),
+        "params": sha256_json(params),
+        "federate": sha256_json(config.federate.model_dump(mode="json")),
+        "code": stage_key("train", Path(__file__).parents[1]),
+        "start": adapter_sha256(incumbent) if from_champion else "base",
+    }
+    run = _run_id(root, inputs, say)
+    plan = Plan(run, params, identity(base), adapter_config, scale, config.federate)
+    origin = "the champion" if from_champion else "the base"
+    say(f"federate: run {run}, {config.federate.rounds} rounds, from {origin}")
+    found, rounds = run_rounds(link, root / RUN / "rounds", start, plan, say)
+    folded = fold(found, config.federate.max_rank)
+    if folded.missing:
+        say(f"federate: rank {folded.rank} has no room for {folded.missing:.2%} of a layer's update, at most")
+    whole = adapter.model_copy(
+        update={"method": "lora", "rank": folded.rank, "alpha": scale * folded.rank}
+        if adapter.method == "rslora"
+        else {"rank": folded.rank, "alpha": scale * folded.rank}
+    )
+    profile = read_json(workspace / "data/tokenized/profile.json")
+    told = {
+        "run": run,
+        "nodes": sorted({part.name for each in rounds for part in each.nodes}),
+        "rounds": len(rounds),
+        "rows": rounds[-1].rows,
+        "aggregation": config.federate.aggregation,
+        "strategy": config.federate.strategy,
+        "secure": config.federate.secure,
+        "missing": folded.missing,
+    }
+    inputs["federation"] = run
+    with whole_folder(workspace / "models/candidate") as folder:
+        described = adapter_config | {
+            "r": folded.rank,
+            "lora_alpha": scale * folded.rank,
+            "use_rslora": False,
+        }
+        write_adapter(folder, folded.adapter, described)
+        complete_version(
+            folder,
+            base,
+            run_key=sha256_json({**inputs, "adapter": adapter_sha256(folder)})[:32],
+            inputs=inputs,
+            batches=read_json(incumbent / MANIFEST)["batches"] if from_champion else [],
+            profile=profile,
+            adapter=whole,
+            more={"federation": told},
+        )
+    key = read_trained_manifest(workspace / "models/candidate").run_key
+    weights = sum(tensor.numel() for tensor in start.adapter.values())
+    return _write_reports(workspace / "reports/train", rounds, profile, key, weights, config)
+
+
+def _start(
+    base: Path, incumbent: Path, config: Config, scale: float
+) -> tuple[Aggregate, dict[str, Any], bool]:
+    """Return the first global adapter, PEFT's description of it, and whether it is the champion's."""
+    with tempfile.TemporaryDirectory(prefix="ratchet-federate-") as scratch:
+        fresh = Path(scratch)
+        save_trained(load_trainable(base, None, config.adapter, seed=config.train.seed), base, fresh)
+        described, weights = read_json(fresh / "adapter_config.json"), load_file(fresh / WEIGHTS)
+    if config.train.start_from == "base" or read_json(incumbent / MANIFEST)["version"] is None:
+        return Aggregate(weights, {}), described, False
+    theirs = read_trained_manifest(incumbent).adapter
+    if (incumbent / "base").exists() or theirs.method not in ("lora", "qlora", "rslora"):
+        raise BaseModelError(
+            "the champion was trained on another base, or by a method without factors",
+            remedy="set `train.start_from: base`",
+        )
+    champion = load_file(incumbent / WEIGHTS)
+    if champion.keys() != weights.keys():
+        raise BaseModelError(
+            "the champion's adapter is on other layers than `adapter.target_modules` asks for",
+            remedy="set it as the champion has it, or `train.start_from: base`",
+        )
+    root = theirs.rank**0.5 if theirs.method == "rslora" else theirs.rank
+    return split(champion, config.adapter.rank, theirs.alpha / root / scale), described, True
+
+
+def _run_id(root: Path, inputs: dict[str, str], say: Say) -> str:
+    """Return the id of the interrupted run with the same inputs, or of a new one."""
+    note = root / RUN / "run.json"
+    if note.exists():
+        kept = read_json(note)
+        if kept["inputs"] == inputs:
+            say(f"federate: goes on with the interrupted run {kept['run']}")
+            return str(kept["run"])
+        shutil.rmtree(root / RUN)
+    run = secrets.token_hex(6)
+    write_json(note, {"run": run, "inputs": inputs})
+    return run
+
+
+def forget_run(root: Path) -> None:
+    """Remove the state of a run whose candidate has landed."""
+    shutil.rmtree(root / RUN, ignore_errors=True)
+
+
+def _write_reports(
+    reports: Path, rounds: Sequence[Round], profile: Any, key: str, weights: int, config: Config
+) -> Figures:
+    steps = [max(part.steps for part in each.nodes) for each in rounds]
+    best = min(
+        range(len(rounds)),
+        key=lambda place: loss if (loss := rounds[place].validation_loss) is not None else float("inf"),
+    )
+    figures: Figures = {
+        "steps": sum(steps),
+        "best_step": sum(steps[: best + 1]),
+        "best_validation_loss": rounds[best].validation_loss,
+        "train_loss": rounds[-1].train_loss,
+        "seconds": sum(each.seconds for each in rounds),
+        "trainable_weights": weights,
+        "epochs": config.train.epochs * len(rounds),
+        "learned_tokens_per_second": 0.0,
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "run_key": key,
+        "rows": {**profile["train"], "rows": rounds[-1].rows, "new": rounds[-1].rows, "replayed": 0},
+    }
+    with whole_folder(reports) as folder:
+        with closing(History(folder / "history.jsonl")) as history:
+            for place, each in enumerate(rounds):
+                values = {"train_loss": each.train_loss}
+                if each.validation_loss is not None:
+                    values["validation_loss"] = each.validation_loss
+                history.add(sum(steps[: place + 1]), values)
+        write_json(folder / "figures.json", figures)
+        write_json(folder / ROUNDS, msgspec.to_builtins(list(rounds)))
+    return figures
