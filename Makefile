@@ -12,7 +12,7 @@ TORCH_FLAGS := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
 # Prefect again: to import `flows.retrain` takes 8.2 s of CPU, not 3.3; `tasks.evaluate` 12, not 5.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo demo-multimodal demo-real federated install test test-e2e test-browser lint bench lock clean-demo
+.PHONY: demo demo-federated demo-multimodal demo-real federated install test test-e2e test-browser lint bench lock clean-demo
 demo: $(VENV)/.core
 	$(BIN)/ratchet demo
 
@@ -24,6 +24,10 @@ demo-multimodal: $(VENV)/.core
 demo-real: $(VENV)/.core
 	@if $(BIN)/python -m ratchet.demo.smollm2; then $(BIN)/ratchet demo --base smollm2; \
 	  else echo "demo-real is skipped: the model cannot be fetched, for the reason above"; fi
+
+# A coordinator and three nodes that train together, each with rows of its own.
+demo-federated: $(VENV)/.core $(VENV)-federated/.made
+	$(BIN)/python -m ratchet.demo.federated
 
 install: $(VENV)/.core
 

@@ -82,7 +82,7 @@ class FederateConfig(Section):
     def _goes_together(self) -> FederateConfig:
         if self.secure and self.aggregation != "alternate":
             raise ValueError(
-                f"federate.secure is true, federate.aggregation {self.aggregation!r}: the mean of products takes "
+                f"federate.secure is true, aggregation {self.aggregation!r}: the mean of products takes "
                 "each node's own; set `federate.aggregation: alternate`"
             )
         if self.secure and self.strategy != "fedavg":

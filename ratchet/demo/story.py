@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,26 +22,21 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import psutil
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ratchet.config.docs import render_params
 from ratchet.config.params import Config, load_config
+from ratchet.demo.checkout import console, make_checkout, make_values, ratchet, run
 from ratchet.demo.clients import Reply, ask_gateway, summarise
 from ratchet.demo.follow import follow_retraining
 from ratchet.demo.material import CHART_BASE, SECOND, Charts, Documentation, Material
 from ratchet.demo.smollm2 import SHA256, TEMPLATE, find_smollm2
-from ratchet.errors import CheckoutError, RatchetError
+from ratchet.errors import RatchetError
 from ratchet.evaluation.report import read_metrics
 from ratchet.evaluation.statistics import Interval, wilson
-from ratchet.files import write_text
-from ratchet.pipeline.checkout import child_environment, git
 from ratchet.promotion.rollout import read_rollout
 from ratchet.promotion.verdict import read_verdict
-from ratchet.services.processes import find_port_fault
 from ratchet.services.status import ledger_lines, read_moves
-from ratchet.services.supervisor import stop_services
 
 PLACE = Path(".ratchet/demo")
 # Pattern of words in the new packages' documentation: a drifted topic that matches gets its rows from there.
@@ -120,7 +113,6 @@ CHARTS = Scale(
     look_requests=200,
 )
 MAX_LOOKS, PARALLEL = 14, 16
-console = Console(highlight=False)
 
 
 def run_demo(root: Path, *, base: str = "demo", until: str = "v2") -> None:
@@ -132,7 +124,7 @@ def run_demo(root: Path, *, base: str = "demo", until: str = "v2") -> None:
     started = time.perf_counter()
     model, scale, material = _choose(root, base)
     with _peak_memory() as peak:
-        home = make_checkout(root, model, scale)
+        home = make_checkout(root, PLACE, make_values(model, scale.settings))
         config = load_config(home / "params.yaml")
         _story(home, scale, material, until)
     _print_pages(home, config)
@@ -160,13 +152,13 @@ def _choose(root: Path, base: str) -> tuple[str, Scale, Material]:
 def _story(home: Path, scale: Scale, material: Material, until: str) -> None:
     words = material.words
     _step("1  MLflow, Prefect, the deployments and the gateway start, on 127.0.0.1 only")
-    _ratchet(home, "up")
+    ratchet(home, "up")
     _step(f"2  {words.rows}")
-    material.take_in(home, scale.golden_rows, partial(_ratchet, home))
+    material.take_in(home, scale.golden_rows, partial(ratchet, home))
     _step(f"3  {words.base}, an adapter is trained on it, and the gate compares the two")
     if command := material.make_base(home):
-        _run(home, command, told=f"python {' '.join(command[1:])}")
-    _ratchet(home, "retrain", "--reason", words.reason)
+        run(home, command, told=f"python {' '.join(command[1:])}")
+    ratchet(home, "retrain", "--reason", words.reason)
     _print_scores(home, {"base": "base", "candidate": "v1", "simple": "TF-IDF"})
     _print_looks(home)
     if until == "v1":
@@ -174,10 +166,10 @@ def _story(home: Path, scale: Scale, material: Material, until: str) -> None:
     traffic = Traffic(home, material)
     _step(f"4  {words.known}")
     traffic.send(scale.requests, new=0.0)
-    _ratchet(home, "monitor")
+    ratchet(home, "monitor")
     _step(f"5  {words.new}")
     traffic.send(scale.requests, new=0.5)
-    _ratchet(home, "monitor")
+    ratchet(home, "monitor")
     _step("6  The event has started a retraining, in the served deployment; v1 answers on")
     follow_retraining(home, say=console.print)
     _print_scores(home, {"base": "base", "champion": "v1", "candidate": "v2", "simple": "TF-IDF"})
@@ -200,8 +192,8 @@ def _story(home: Path, scale: Scale, material: Material, until: str) -> None:
         "each sentence, no model"
     )
     with _scripted_teacher(home):
-        _ratchet(home, "synthesize", "--documents", "docs/data.md", "--count", "12")
-    _ratchet(home, "review", "status")
+        ratchet(home, "synthesize", "--documents", "docs/data.md", "--count", "12")
+    ratchet(home, "review", "status")
 
 
 @contextmanager
@@ -219,7 +211,7 @@ def _scripted_teacher(home: Path) -> Iterator[None]:
 
 def _roll_out(home: Path, traffic: Traffic, requests: int) -> None:
     for _ in range(MAX_LOOKS):
-        _ratchet(home, "rollout", "look")
+        ratchet(home, "rollout", "look")
         if read_rollout(home) is None:
             return
         traffic.send(requests, new=0.8)
@@ -273,98 +265,6 @@ class Traffic:
             share = wilson(np.array([1.0] * score.right + [0.0] * (score.asked - score.right)), alpha=0.025)
             shown.add_row(f"v{score.version}", score.kind, str(score.asked), _cell(share))
         console.print(shown)
-
-
-def make_checkout(root: Path, model: str, scale: Scale) -> Path:
-    """Clone the last commit into a new checkout with free ports, and return its folder.
-
-    Raises CheckoutError: `root` is no git repository with a commit.
-    """
-    try:
-        git(root, "rev-parse", "--verify", "--quiet", "HEAD")
-    except RatchetError:
-        raise CheckoutError(
-            f"{root} is no git repository with a commit",
-            remedy="the demo works on a clone of it: git init && git add -A && git commit -m start",
-        ) from None
-    home = root / PLACE
-    if home.exists():
-        console.print(f"an earlier demo is removed: {PLACE}")
-        stop_services(home, report=lambda _: None)
-        shutil.rmtree(home)
-    home.parent.mkdir(parents=True, exist_ok=True)
-    git(root, "clone", "--quiet", str(root), str(home))
-    # Without a remote, the demo cannot push to the user's checkout. A detached HEAD (on a CI runner) has no
-    # branch name.
-    git(home, "remote", "remove", "origin")
-    git(home, "checkout", "--quiet", "-B", "main")
-    if git(root, "status", "--porcelain", "--untracked-files=no").strip():
-        console.print("note: your checkout has uncommitted changes; the demo runs the last commit")
-    _settle(home, model, scale)
-    return home
-
-
-def _settle(home: Path, model: str, scale: Scale) -> None:
-    """Write the demo's params.yaml, with free ports and without waiting times, and commit it."""
-    params = home / "params.yaml"
-    values = make_values(model, scale)
-    for section, key in (("services", "mlflow_port"), ("services", "prefect_port"), ("gateway", "port")):
-        if find_port_fault(values[section][key]):
-            values[section][key] = _free_port()
-    values["synthesize"]["teacher"] |= {"url": f"http://127.0.0.1:{_free_port()}/v1", "model": "script"}
-    values["monitor"]["cooldown_hours"] = 0.0
-    # Names of the new packages have more tokens (numpy.ma against os), so an answer takes a third longer; the
-    # margin lets these users accept that.
-    values["rollout"] |= {"steps": [0.1, 0.5, 1.0], "step_minutes": 0.0, "latency_margin": 1.0}
-    write_text(params, render_params(Config.model_validate(values)))
-    author = ("-c", "user.name=Ratchet", "-c", "user.email=ratchet@localhost")
-    git(home, *author, "commit", "--quiet", "--all", "--message", "Settle the demo")
-
-
-def make_values(model: str, scale: Scale) -> dict[str, Any]:
-    """Return the values of the demo's params.yaml: our defaults and the scale, without the user's changes."""
-    values = Config().model_dump(mode="json")
-    values["base"]["model"] = model
-    _put(values, scale.settings)
-    return values
-
-
-def _put(values: dict[str, Any], settings: Mapping[str, Any]) -> None:
-    """Overwrite values by settings, section by section."""
-    for key, value in settings.items():
-        if isinstance(value, dict) and isinstance(values[key], dict):
-            _put(values[key], value)
-        else:
-            values[key] = value
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _ratchet(home: Path, *arguments: str) -> None:
-    """Run a `ratchet` command as a user would, with its output shown. Raises RatchetError if it fails."""
-    command = [sys.executable, "-m", "ratchet.cli", "-C", str(home), *arguments]
-    _run(home, command, told=f"ratchet -C {PLACE} {' '.join(arguments)}")
-
-
-def _run(home: Path, command: list[str], *, told: str) -> None:
-    """Run a command in the demo's checkout, shown as `told`. Raises RatchetError if it fails."""
-    console.print(f"[dim]$ {told}[/dim]")
-    environment = {
-        name: value
-        for name, value in child_environment().items()
-        if not name.startswith(("PREFECT_", "MLFLOW_", "RATCHET_"))
-    }
-    done = subprocess.run(command, env=environment, cwd=home, check=False)
-    if done.returncode:
-        raise RatchetError(
-            f"`{told}` ended with exit code {done.returncode}",
-            remedy=f"its message stands above; {PLACE} is left as it was, `ratchet -C {PLACE} down` stops "
-            "the services",
-        )
 
 
 def _print_scores(home: Path, names: dict[str, str]) -> None:

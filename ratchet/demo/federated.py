@@ -1,0 +1,220 @@
+"""Run `make demo-federated`: a coordinator and three nodes on this machine, each with rows of its own.
+
+Each node holds the documentation of other modules. One table compares each node alone, all rows together in
+one place, which is the bound, and what the nodes learn together without sharing a row; then the gate judges
+it. Every printed figure is read from an evaluation on the coordinator's rows, which no node has.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import xxhash
+from rich.markup import escape
+from rich.table import Table
+
+from ratchet.config.data import PydocSource
+from ratchet.config.docs import render_params
+from ratchet.config.params import Config
+from ratchet.demo.checkout import console, free_port, make_checkout, make_values, ratchet, run, shown
+from ratchet.evaluation.report import read_metrics
+from ratchet.evaluation.statistics import Interval
+from ratchet.federation.status import see_federation
+from ratchet.files import write_bytes, write_json, write_text
+from ratchet.models.manifests import MANIFEST
+from ratchet.pipeline.stage import project_root
+from ratchet.promotion.verdict import read_verdict
+from ratchet.sources.pydoc import harvest
+
+PLACE = Path(".ratchet/federated")
+COORDINATOR = "coordinator"
+# What each node's people write about. All are in the standard library of any Python.
+NODES = {
+    "north": "email http urllib smtplib imaplib mailbox ftplib wsgiref xmlrpc ssl ipaddress",
+    "south": "asyncio multiprocessing threading concurrent unittest logging bdb pdb doctest importlib",
+    "west": "xml tarfile zipfile encodings codecs pathlib datetime calendar collections enum typing",
+}
+KEPT = 15  # percent of the rows that the coordinator has for the evaluation, and no node
+GOLDEN_ROWS = 100
+ROUNDS = 3
+SETTINGS: dict[str, Any] = {
+    "project": {"name": "federated"},
+    "prepare": {"min_rows": 40},
+    "tokenize": {"max_length": 128, "window": 256},
+    "train": {"epochs": 4.0, "learning_rate": 2.0e-3, "batch_windows": 8},
+    "adapter": {"rank": 16, "alpha": 32.0},
+    "evaluate": {"max_new_tokens": 8},
+    "parity": {"rows": 40},
+    "gate": {"min_rows": 100},
+    "federate": {"rounds": ROUNDS, "min_nodes": 3},
+    "promotion": "auto",
+}
+
+
+def rows_of(modules: Sequence[str], *, kept: bool) -> Iterator[bytes]:
+    """Yield rows about these modules: those that are kept for the evaluation, or the others."""
+    for row in harvest(PydocSource(packages=["stdlib"], summaries=0.0)):
+        question, answer = (message["content"] for message in row["messages"])
+        is_kept = xxhash.xxh64_intdigest(question) % 100 < KEPT
+        if answer in modules and is_kept == kept:
+            yield msgspec.json.encode(row) + b"\n"
+
+
+def run_demo(root: Path) -> None:
+    """Run the demo in .ratchet/federated. Raises RatchetError if a step fails."""
+    began = time.perf_counter()
+    place = root / PLACE
+    for home in sorted(place.glob("*/params.yaml")):
+        ratchet(home.parent, "federate", "down")
+    if (place / COORDINATOR / "params.yaml").exists():
+        ratchet(place / COORDINATOR, "down")
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    _step("1  A coordinator and three nodes: four clones, each with rows of its own, and the same base")
+    base = _make_base(place)
+    coordinator = _make_coordinator(root, base)
+    nodes = {name: _make_node(root, name, base) for name in NODES}
+    _step("2  The coordinator listens, with a certificate of its own; each node joins by its invitation")
+    ratchet(coordinator, "up")
+    ratchet(coordinator, "federate", "up")
+    for name, home in nodes.items():
+        invitation = place / f"{name}.invitation"
+        ratchet(coordinator, "federate", "invite", name, "--out", str(invitation))
+        ratchet(home, "federate", "join", str(invitation))
+        invitation.unlink()
+    _step(
+        f"3  {ROUNDS} rounds: the adapter goes out, each node trains it on its rows, the updates become one"
+    )
+    ratchet(coordinator, "federate", "run", "--reason", "three nodes, no row shared")
+    ratchet(coordinator, "federate", "status")
+    _step("4  For comparison: each node alone, and all rows together in one place, as long as the rounds")
+    alone = {**nodes, "all rows in one place": _make_node(root, "together", base, [*NODES])}
+    for home in nodes.values():  # what a node trains now is not a round
+        ratchet(home, "federate", "down")
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda home: _train_alone(home, coordinator), alone.values()))
+    _print_table(coordinator, alone)
+    _print_verdict(coordinator)
+    console.print(f"\n[bold]{time.perf_counter() - began:.0f} s[/bold] in all")
+    there = shown(coordinator)
+    console.print(
+        f"go on:  ratchet -C {there} federate status | history\n"
+        f"stop:   ratchet -C {there} federate down && ratchet -C {there} down"
+    )
+
+
+def _step(title: str) -> None:
+    console.rule(f"[bold]{escape(title)}", align="left")
+
+
+def _make_base(place: Path) -> Path:
+    """Pre-train the base once: on another machine a base has other rounding, and would be another one."""
+    params = place / "base.yaml"
+    write_text(params, render_params(Config.model_validate(make_values("demo", SETTINGS))))
+    command = [sys.executable, "-m", "tasks.base", "--params", str(params)]
+    paths = ["--out", str(place / "base"), "--proof", str(place / "base.json")]
+    run(place, [*command, *paths], told="python -m tasks.base")
+    return place / "base"
+
+
+def _settings(base: Path, more: dict[str, Any]) -> dict[str, Any]:
+    values = make_values(str(base), SETTINGS)
+    for section, settings in more.items():
+        values[section] |= settings
+    return values
+
+
+def _make_coordinator(root: Path, base: Path) -> Path:
+    ports = {"port": free_port(), "superlink_port": free_port()}
+    more = {"prepare": {"test_share": 0.8, "validation_share": 0.05}, "federate": ports}
+    home = make_checkout(root, PLACE / COORDINATOR, _settings(base, more))
+    rows = list(rows_of(" ".join(NODES.values()).split(), kept=True))
+    for name, part, golden in (("golden", rows[:GOLDEN_ROWS], True), ("rows", rows[GOLDEN_ROWS:], False)):
+        path = home / ".ratchet" / f"{name}.jsonl"
+        write_bytes(path, part)
+        ratchet(home, "ingest", "--path", str(path), *(["--golden", str(len(part))] if golden else []))
+    return home
+
+
+def _make_node(root: Path, name: str, base: Path, whose: Sequence[str] = ()) -> Path:
+    """Make a node with its rows, or with those of several nodes."""
+    more = {"prepare": {"test_share": 0.0, "validation_share": 0.1}}
+    home = make_checkout(root, PLACE / name, _settings(base, more))
+    path = home / ".ratchet/rows.jsonl"
+    modules = " ".join(NODES[one] for one in whose or [name]).split()
+    write_bytes(path, rows_of(modules, kept=False))
+    ratchet(home, "ingest", "--path", str(path))
+    return home
+
+
+def _train_alone(home: Path, coordinator: Path) -> None:
+    """Train on a checkout's own rows as long as in all rounds, and evaluate on the coordinator's rows."""
+    out = home / ".ratchet/alone"
+    out.mkdir()
+    nobody = out / "nobody"
+    write_json(nobody / MANIFEST, {"version": None, "batches": []})
+    params, base = home / "params.yaml", coordinator / "models/base"
+    values = msgspec.yaml.decode(params.read_bytes())
+    values["train"] = values.get("train", {}) | {"epochs": SETTINGS["train"]["epochs"] * ROUNDS}
+    write_json(out / "params.json", values)
+    data, shared = home / "data", {"base": base, "incumbent": nobody}
+    prepared, tokens, candidate = out / "prepared", out / "tokenized", out / "candidate"
+    raw = {"raw": data / "raw", "golden": data / "golden.jsonl", "forgotten": data / "forgotten.jsonl"}
+    asked = {"prepared": coordinator / "data/prepared", "candidate": candidate, "own": home / "metrics"}
+    for stage, paths in {
+        "prepare": {**raw, "out": prepared},
+        "tokenize": {**shared, "prepared": prepared, "out": tokens},
+        "train": {**shared, "tokens": tokens, "out": candidate, "reports": out / "train"},
+        "evaluate": {
+            **(shared | asked),
+            "region": coordinator / "data/region.json",
+            "out": out / "evaluation",
+        },
+    }.items():
+        command = [sys.executable, "-m", f"tasks.{stage}", "--params", str(out / "params.json")]
+        flags = [part for name, path in paths.items() for part in (f"--{name}", str(path))]
+        run(home, [*command, *flags], told=f"python -m tasks.{stage} in {shown(home)}")
+
+
+def _print_table(coordinator: Path, alone: dict[str, Path]) -> None:
+    table = Table(
+        title="exact match on the coordinator's rows, which no node has [95 % interval]", title_justify="left"
+    )
+    for title in ("trained by", "test rows", "golden rows"):
+        table.add_column(title)
+    found = read_metrics(coordinator / "reports/evaluation").slices
+    table.add_row("nobody: the base", *(_cell(found[part]["base"].scores) for part in ("test", "golden")))
+    for name, home in alone.items():
+        own = read_metrics(home / ".ratchet/alone/evaluation").slices
+        told = f"{name} alone" if name in NODES else name
+        table.add_row(told, *(_cell(own[part]["candidate"].scores) for part in ("test", "golden")))
+    told = f"[bold]{len(NODES)} nodes together, no row shared[/bold]"
+    table.add_row(told, *(_cell(found[part]["candidate"].scores) for part in ("test", "golden")))
+    console.print(table)
+
+
+def _cell(scores: dict[str, Interval]) -> str:
+    found = scores["exact_match"]
+    return escape(f"{found.mean:.0%} [{found.low * 100:.0f}–{found.high * 100:.0f}]")
+
+
+def _print_verdict(coordinator: Path) -> None:
+    decision, rounds = read_verdict(coordinator / "reports/gate.json"), see_federation(coordinator).last
+    sent = sum(each.sent_bytes + each.received_bytes for each in rounds) / 2**20
+    console.print(
+        f"gate: [bold]{decision.verdict}[/bold] — trained by {len(rounds[-1].nodes)} nodes in {len(rounds)} "
+        f"rounds; {sent:.1f} MiB went between them"
+    )
+    for reason in decision.reasons:
+        console.print(f"  {reason}", markup=False)
+
+
+if __name__ == "__main__":
+    run_demo(project_root())
