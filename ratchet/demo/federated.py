@@ -89,9 +89,7 @@ def run_demo(root: Path) -> None:
         ratchet(coordinator, "federate", "invite", name, "--out", str(invitation))
         ratchet(home, "federate", "join", str(invitation))
         invitation.unlink()
-    _step(
-        f"3  {ROUNDS} rounds: the adapter goes out, each node trains it on its rows, the updates become one"
-    )
+    _step(f"3  {ROUNDS} rounds: the adapter goes out, each node trains it, the updates become one")
     ratchet(coordinator, "federate", "run", "--reason", "three nodes, no row shared")
     ratchet(coordinator, "federate", "status")
     _step("4  For comparison: each node alone, and all rows together in one place, as long as the rounds")
@@ -133,7 +131,7 @@ def _settings(base: Path, more: dict[str, Any]) -> dict[str, Any]:
 
 def _make_coordinator(root: Path, base: Path) -> Path:
     ports = {"port": free_port(), "superlink_port": free_port()}
-    more = {"prepare": {"test_share": 0.8, "validation_share": 0.05}, "federate": ports}
+    more = {"prepare": {"test_share": 0.7, "validation_share": 0.05}, "federate": ports}
     home = make_checkout(root, PLACE / COORDINATOR, _settings(base, more))
     rows = list(rows_of(" ".join(NODES.values()).split(), kept=True))
     for name, part, golden in (("golden", rows[:GOLDEN_ROWS], True), ("rows", rows[GOLDEN_ROWS:], False)):
