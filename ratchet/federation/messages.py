@@ -211,7 +211,7 @@ def check_tensors(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -
     """Raise DataError unless names, shapes and dtypes are those of `wanted`, and all numbers are finite."""
     if odd := sorted(tensors.keys() ^ wanted.keys()):
         raise DataError(
-            f"the update holds other weights than the global adapter: {len(odd)}, such as {odd[0]}"
+            f"the update holds other weights than asked for: {len(odd)}, such as {odd[0]}"
         )
     for name, tensor in tensors.items():
         seen, asked = (tuple(tensor.shape), tensor.dtype), (tuple(wanted[name].shape), wanted[name].dtype)
