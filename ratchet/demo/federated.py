@@ -62,7 +62,7 @@ def rows_of(modules: Sequence[str], *, kept: bool) -> Iterator[bytes]:
     """Yield rows about these modules: those that are kept for the evaluation, or the others."""
     for row in harvest(PydocSource(packages=["stdlib"], summaries=0.0)):
         question, answer = (message["content"] for message in row["messages"])
-        is_kept = xxhash.xxh64_intdigest(question) % 100 < KEPT
+        is_kept = xxhash.xxh64_intdigest(question.encode()) % 100 < KEPT
         if answer in modules and is_kept == kept:
             yield msgspec.json.encode(row) + b"\n"
 

@@ -135,6 +135,7 @@ class Member:
         self._publics: dict[int, Publics] = {}
         self._held: dict[int, tuple[Share, Share]] = {}  # of other nodes: of the key, of the seed
         self._revealed: tuple[frozenset[int], frozenset[int]] | None = None
+        self._masked = False
 
     def state(self) -> dict[str, Any]:
         """Return all that a restarted node needs to go on, for JSON. It holds secrets: mode 0600."""
@@ -146,6 +147,7 @@ class Member:
             "seed": self._seed.hex(),
             "publics": {node: [key.hex() for key in keys] for node, keys in self._publics.items()},
             "held": {node: [hex(share.value) for share in shares] for node, shares in self._held.items()},
+            "masked": self._masked,
             "revealed": self._revealed and [sorted(nodes) for nodes in self._revealed],
         }
 
@@ -165,6 +167,7 @@ class Member:
             int(node): (Share(member.place, int(one, 16)), Share(member.place, int(other, 16)))
             for node, (one, other) in state["held"].items()
         }
+        member._masked = state["masked"]
         if state["revealed"]:
             sent, dropped = map(frozenset, state["revealed"])
             member._revealed = (sent, dropped)
@@ -183,6 +186,7 @@ class Member:
         Raises UserError: there are fewer nodes than the threshold, or at least twice as many, so that two
         halves could be asked for other shares; or another node has this one's number.
         """
+        self._once(bool(self._publics), "to deal its shares")
         few = len(publics) < self._threshold
         if few or len(publics) >= 2 * self._threshold or publics.get(self.place) != self.publics:
             raise UserError(
@@ -225,17 +229,27 @@ class Member:
 
         Raises UserError: fewer letters than the threshold.
         """
+        self._once(self._masked, "for its vector")
         if len(self._held) < self._threshold:
             raise UserError(
                 f"letters of {len(self._held)} nodes are here, {self._threshold} are needed",
                 remedy="wait for more nodes, and start the round again",
             )
+        self._masked = True
         masked = words + _stream(self._seed, words.size)
         for other in self._held:
             if other != self.place:
                 theirs = self._publics[other].masks
                 masked = masked + _pair_mask(self._key, self.place, other, theirs, self._tag, words.size)
         return masked
+
+    def _once(self, done: bool, what: str) -> None:
+        """Raise UserError when a step is asked for again: two different answers would tell more than one."""
+        if done:
+            raise UserError(
+                f"the coordinator asks this node {what} a second time in a round",
+                remedy="this node gives none; leave the federation unless its coordinator can explain it",
+            )
 
     def reveal(self, sent: Collection[int], dropped: Collection[int]) -> Revealed:
         """Return this node's shares: of the keys of nodes that dropped out, of the masks of the others.

@@ -360,6 +360,8 @@ def test_a_node_gives_its_keys_once_and_shares_for_one_split(tmp_path):
     for asked, told in (
         (messages.Keys("run", 1, 1, 3), "they serve once"),
         (messages.Keys("other", 1, 1, 2), "trained nothing"),
+        (messages.Deal("run", 1, {1: ("", "")}), "could not be answered"),
+        (messages.Mask("run", 1, {2: ""}), "could not be answered"),
         (messages.Reveal("run", 1, [1, 2], [3]), "could not be answered"),
     ):
         reply = messages.read_reply(node.handle(root, write_message(asked))).header

@@ -1,0 +1,199 @@
+"""Nodes with rows of their own train with the real stages, and give away nothing but what was asked for."""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import pytest
+import torch
+from parties import Direct, join, make_node
+from patience import scaled
+from safetensors.torch import load_file
+
+from ratchet.config.base import Section
+from ratchet.config.params import Config
+from ratchet.config.training import BaseConfig
+from ratchet.errors import UserError
+from ratchet.federation import messages
+from ratchet.federation.aggregation import Aggregate
+from ratchet.federation.messages import write_message
+from ratchet.federation.node import FOLDER, handle, identity, read_rounds
+from ratchet.federation.rounds import Plan, run_rounds
+from ratchet.federation.state import state_tensors
+from ratchet.files import read_json
+from ratchet.models.adapters import load_trainable, save_trained
+from tasks.base import make_base
+from tasks.federate import SECTIONS
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+SECRET = "Zanzibar quicksilver"
+
+
+class World(NamedTuple):
+    folder: Path
+    config: Config
+    base: Path
+    start: Aggregate
+    link: Direct
+
+    def plan(self, run: str = "run", **settings: Any) -> Plan:
+        params = {name: getattr(self.config, name).model_dump(mode="json") for name in SECTIONS}
+        described = read_json(self.folder / "start/adapter_config.json")
+        federate = self.config.federate.model_copy(update={"rounds": 2, **settings})
+        return Plan(run, params, identity(self.base), described, 2.0, federate)
+
+
+def put(section: Section, **values: Any) -> Any:
+    return section.model_copy(update=values)
+
+
+@pytest.fixture(scope="module")
+def world(tiny_config: Config, tiny_base: Path, raw_rows: list[dict[str, Any]]) -> Iterator[World]:
+    with tempfile.TemporaryDirectory(prefix="ratchet-federation-") as scratch:
+        folder = Path(scratch)
+        config = put(
+            tiny_config,
+            base=BaseConfig(model=str(tiny_base)),
+            prepare=put(tiny_config.prepare, test_share=0.0),
+            train=put(tiny_config.train, checkpoint_minutes=0.0),
+        )
+        base = folder / "base"
+        make_base(base, config)
+        model = load_trainable(base, None, config.adapter, seed=config.train.seed)
+        save_trained(model, base, folder / "start")
+        weights = load_file(folder / "start/adapter_model.safetensors")
+        planted = {
+            "messages": [
+                {"role": "user", "content": f"Where does {SECRET} stand in the list of metals?"},
+                {"role": "assistant", "content": f"{SECRET} is a fluid one."},
+            ]
+        }
+        nodes = {
+            name: make_node(folder / name, config, [*raw_rows[place::3][:70], planted])
+            for place, name in enumerate(("north", "south"))
+        }
+        yield World(folder, config, base, Aggregate(weights, {}), Direct(nodes))
+
+
+def test_two_nodes_train_in_rounds_and_no_row_travels(world: World):
+    found, records = run_rounds(world.link, world.folder / "runs", world.start, world.plan(), print)
+    assert [[part.name for part in record.nodes] for record in records] == [["north", "south"]] * 2
+    assert not any(record.left_out for record in records)
+    assert found.residual.keys() == {
+        name.removesuffix(".lora_A.weight") for name in world.start.adapter if "_A" in name
+    }
+    losses = [record.validation_loss for record in records]
+    assert losses[0] is not None and losses[1] is not None and losses[1] < losses[0]
+    kept = b"".join(path.read_bytes() for path in (world.folder / "runs").rglob("*") if path.is_file())
+    said = b"".join(reply for _, _, reply in world.link.replies if isinstance(reply, bytes))
+    for word in SECRET.split():
+        assert (
+            word.encode() not in kept + said
+            and word.encode() in (world.folder / "north/data/raw").rglob("*.jsonl").__next__().read_bytes()
+        )
+    done = read_rounds(world.link.roots["north"])
+    assert [(one.run, one.round) for one in done] == [("run", 1), ("run", 2)]
+
+
+def request(world: World, run: str, **changes: Any) -> bytes:
+    plan = world.plan(run)
+    asked = messages.Train(
+        run=run,
+        round=1,
+        params={**plan.params, "train": {**plan.params["train"], "factors": "both"}},
+        base=plan.base,
+        adapter_config=plan.adapter_config,
+        scale=plan.scale,
+    )
+    return write_message(msgspec.structs.replace(asked, **changes), state_tensors(world.start))
+
+
+def test_one_node_is_central_training_byte_for_byte(world: World):
+    reply = world.link.call(world.link.roots["north"], request(world, "alone"))
+    assert isinstance(reply, bytes)
+    learned = messages.read_reply(reply).tensors
+    work, out = world.link.roots["north"] / FOLDER, world.folder / "central"
+    paths = {"tokens": work / "tokenized", "base": work / "base", "incumbent": work / "nobody"}
+    paths |= {"out": out / "candidate", "reports": out / "reports"}
+    flags = [part for name, path in paths.items() for part in (f"--{name}", str(path))]
+    done = subprocess.run(
+        [sys.executable, "-m", "tasks.train", "--params", str(work / "params.yaml"), *flags],
+        env=os.environ | {"RATCHET_ROOT": str(out)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    central = load_file(out / "candidate/adapter_model.safetensors")
+    assert central.keys() == learned.keys()
+    assert all(torch.equal(central[name], learned[name]) for name in central)
+
+
+def test_a_node_killed_in_a_training_ends_in_the_same_bytes(world: World):
+    """The coordinator asks again; the training goes on from its checkpoint."""
+    root = world.link.roots["south"]
+    whole = world.link.call(root, request(world, "whole"))
+    asked, reply = root / FOLDER / "request", root / FOLDER / "reply"
+    asked.write_bytes(request(world, "killed"))
+    reply.unlink(missing_ok=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ratchet.federation.node", str(asked), str(reply)],
+        cwd=root,
+        start_new_session=True,
+    )
+    checkpoints = root / FOLDER / ".ratchet/checkpoints"
+    until = time.monotonic() + scaled(120)
+    while not list(checkpoints.glob("*/*")) and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not reply.exists()
+    again = world.link.call(root, request(world, "killed"))
+    assert isinstance(whole, bytes) and isinstance(again, bytes)
+    one, other = messages.read_reply(whole).tensors, messages.read_reply(again).tensors
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert "goes on from the checkpoint" in world.link.log
+    before = len(read_rounds(root))
+    assert handle(root, request(world, "killed")) == again  # asked a third time, it only repeats itself
+    assert len(read_rounds(root)) == before
+
+
+def reason(world: World, root: Path, data: bytes) -> str:
+    header = messages.read_reply(handle(root, data)).header
+    assert isinstance(header, messages.Refused)
+    return header.reason
+
+
+def test_a_node_refuses_another_base_and_keeps_its_limits(world: World):
+    root = world.link.roots["north"]
+    other = {**identity(world.base), "revision": "0" * 40}
+    assert "its revision is None, the coordinator's 0000" in reason(
+        world, root, request(world, "x", base=other)
+    )
+    join(root, rounds_a_day=1)
+    assert "takes part in 1 rounds a day" in reason(world, root, request(world, "y"))
+    hour = dt.datetime.now().hour
+    join(root, hours=f"{(hour + 2) % 24}-{(hour + 3) % 24}")
+    assert "trains between" in reason(world, root, request(world, "z"))
+    join(root)
+
+
+def test_what_goes_wrong_in_a_stage_is_told_in_the_nodes_log_alone(
+    world: World, raw_rows: list[dict[str, Any]]
+):
+    config = put(world.config, prepare=put(world.config.prepare, min_rows=1000))
+    root = make_node(world.folder / "east", config, raw_rows[:50])
+    link = Direct({"east": root})
+    with pytest.raises(UserError, match="the stage prepare ended with code 2; this node's log says why"):
+        run_rounds(link, world.folder / "east-runs", world.start, world.plan(min_nodes=1), print)
+    assert "min_rows" in link.log
