@@ -76,8 +76,9 @@ def run(ask: Ask, clients: int, asks: int) -> float:
 def make_arms(scratch: Path, tokens: int) -> dict[str, Ask]:
     from ratchet.config.params import Config
     from ratchet.config.training import AdapterConfig
+    from ratchet.demo.checkout import make_values
     from ratchet.demo.smollm2 import fetch_smollm2
-    from ratchet.demo.story import REAL, make_values
+    from ratchet.demo.story import REAL
     from ratchet.engines.llama_cpp_engine import LlamaCppEngine
     from ratchet.engines.local_engine import LocalEngine
     from ratchet.files import read_json, write_json
@@ -88,7 +89,7 @@ def make_arms(scratch: Path, tokens: int) -> dict[str, Ask]:
     from ratchet.serving.bundle import Bundle, Generation
     from tasks.base import make_base
 
-    config = Config.model_validate(make_values(str(fetch_smollm2(Path())), REAL))
+    config = Config.model_validate(make_values(str(fetch_smollm2(Path())), REAL.settings))
     base, adapter = scratch / "base", scratch / "adapter"
     make_base(base, config)
     chat = load_chat(base)

@@ -205,12 +205,13 @@ def prepare(folder: Path, count: int, shape: dict[str, Any], length: int, dtype:
 def prepare_smollm2(folder: Path, count: int, length: int) -> None:
     """Make the base from SmolLM2's GGUF file, and rows of up to `length` of its tokens."""
     from ratchet.config.params import Config
+    from ratchet.demo.checkout import make_values
     from ratchet.demo.smollm2 import fetch_smollm2
-    from ratchet.demo.story import REAL, make_values
+    from ratchet.demo.story import REAL
     from ratchet.models.loading import load_chat
     from tasks.base import make_base
 
-    make_base(folder / "base", Config.model_validate(make_values(str(fetch_smollm2(Path())), REAL)))
+    make_base(folder / "base", Config.model_validate(make_values(str(fetch_smollm2(Path())), REAL.settings)))
     write_rows(folder, load_chat(folder / "base"), make_examples(count), count, length)
 
 

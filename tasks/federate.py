@@ -28,7 +28,7 @@ from ratchet.federation.state import split
 from ratchet.files import read_json, sha256_json, whole_folder, write_json
 from ratchet.models.adapters import complete_version, load_trainable, save_trained
 from ratchet.models.loading import MANIFEST, WEIGHTS, adapter_sha256
-from ratchet.models.manifests import read_trained_manifest
+from ratchet.models.manifests import Together, read_trained_manifest
 from ratchet.pipeline.dag import stage_key
 from ratchet.tracking.curve import History
 from ratchet.training.schedule import Figures
@@ -95,16 +95,16 @@ def train_together(workspace: Path, root: Path, config: Config, link: Link, say:
         else {"rank": folded.rank, "alpha": scale * folded.rank}
     )
     profile = read_json(workspace / "data/tokenized/profile.json")
-    told = {
-        "run": run,
-        "nodes": sorted({part.name for each in rounds for part in each.nodes}),
-        "rounds": len(rounds),
-        "rows": rounds[-1].rows,
-        "aggregation": config.federate.aggregation,
-        "strategy": config.federate.strategy,
-        "secure": config.federate.secure,
-        "missing": folded.missing,
-    }
+    together = Together(
+        run,
+        sorted({part.name for each in rounds for part in each.nodes}),
+        len(rounds),
+        rounds[-1].rows,
+        config.federate.aggregation,
+        config.federate.strategy,
+        config.federate.secure,
+        folded.missing,
+    )
     inputs["federation"] = run
     with whole_folder(workspace / "models/candidate") as folder:
         described = adapter_config | {
@@ -121,7 +121,7 @@ def train_together(workspace: Path, root: Path, config: Config, link: Link, say:
             batches=read_json(incumbent / MANIFEST)["batches"] if from_champion else [],
             profile=profile,
             adapter=whole,
-            more={"federation": told},
+            more={"federation": msgspec.to_builtins(together)},
         )
     key = read_trained_manifest(workspace / "models/candidate").run_key
     weights = sum(tensor.numel() for tensor in start.adapter.values())

@@ -27,6 +27,7 @@ from ratchet.gate.payoff import training_seconds
 from ratchet.gate.tables import check_rows, read_scores, read_table
 from ratchet.models.adapters import PREFIXED
 from ratchet.models.loading import MANIFEST
+from ratchet.models.manifests import read_trained_manifest
 from ratchet.pipeline.stage import run_stage, say
 from ratchet.promotion.verdict import Candidate, Rival, Speed, Verdict
 
@@ -69,11 +70,12 @@ def judge(
         )
     rival = Rival("base" if version is None else "champion", version)
     oldest = champion.get("oldest") if config.oldest else None
+    together = read_trained_manifest(candidate).federation
     evidence = Evidence(
         scores=scores,
         rival=rival,
         seen=champion["batches"],
-        candidate=Candidate(run_key, adapter),
+        candidate=Candidate(run_key, adapter, together.told if together else ""),
         look=look_number(read_looks(looks), version, run_key),
         oldest=None if oldest is None else Oldest(oldest, read_table(incumbent / "oldest.parquet")),
         audits=judge_audits(evaluation, evaluated, scores, rival.model, config),

@@ -81,6 +81,27 @@ class Inputs(msgspec.Struct, frozen=True):
     start: str = "base"
 
 
+class Together(msgspec.Struct, frozen=True):
+    """How a version was trained by the nodes of a federation, who kept their rows."""
+
+    run: str
+    nodes: list[str]
+    rounds: int
+    rows: int  # of all nodes that took part in the last round
+    aggregation: str = "exact"
+    strategy: str = "fedavg"
+    secure: bool = False
+    missing: float = 0.0  # share of a layer's update that the adapter's rank had no room for, at most
+
+    @property
+    def told(self) -> str:
+        seen = "the sum of updates alone was seen" if self.secure else "each node's update was seen"
+        return (
+            f"{len(self.nodes)} nodes ({', '.join(self.nodes)}) in {self.rounds} rounds on {self.rows} rows "
+            f"that stayed there; {self.strategy}, {self.aggregation}; {seen}"
+        )
+
+
 class TrainedManifest(msgspec.Struct, frozen=True):
     """The manifest of a trained version; `files` maps file names to sha256."""
 
@@ -92,6 +113,7 @@ class TrainedManifest(msgspec.Struct, frozen=True):
     batches: list[str] = []
     inputs: Inputs = Inputs()
     max_length: int | None = None  # longest row of the training, in tokens
+    federation: Together | None = None
 
 
 def describe_base(base: BaseName) -> str:

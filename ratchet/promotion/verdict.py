@@ -61,9 +61,12 @@ class Look(Struct, frozen=True):
     alpha: float
 
 
-class Candidate(Struct, frozen=True):
+class Candidate(Struct, frozen=True, omit_defaults=True):
+    """`trained_by` names the nodes of a federation; it is empty for a training on this checkout's rows."""
+
     run_key: str
     adapter_sha256: str
+    trained_by: str = ""
 
 
 class Speed(Struct, frozen=True):

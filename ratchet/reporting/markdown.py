@@ -65,6 +65,7 @@ def model_card(metrics: Metrics, verdict: Verdict, facts: dict[str, str]) -> str
         f"## {VERDICTS[verdict.verdict]}",
         "",
         f"Compared with {against}, on the same rows in the same run.",
+        *([f"Trained by {verdict.candidate.trained_by}."] if verdict.candidate.trained_by else []),
         "",
     ]
     lines += [

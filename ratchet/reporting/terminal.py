@@ -25,6 +25,8 @@ def print_evaluation(found: Evaluated) -> None:
     console, decision, models = Console(), found.decision, found.models
     rival = "the untouched base" if decision.rival.version is None else f"v{decision.rival.version}"
     console.print(Text(f"{found.name} against {rival}: {VERDICTS[decision.verdict]}", style="bold"))
+    if decision.candidate.trained_by:
+        console.print(Text(f"  trained by {decision.candidate.trained_by}"))
     for check in decision.checks:
         console.print(Text(f"  {mark(check.result)} {check.reason}"))
     if decision.regions:

@@ -19,8 +19,9 @@ from ratchet.config.data import PydocSource
 from ratchet.config.params import Config
 from ratchet.data.batches import write_batch
 from ratchet.data.examples import Example, RawRow, read_examples
+from ratchet.demo.checkout import make_values
 from ratchet.demo.smollm2 import SHA256, fetch_smollm2
-from ratchet.demo.story import REAL, make_values
+from ratchet.demo.story import REAL
 from ratchet.engines.llama_cpp_engine import LlamaCppEngine
 from ratchet.engines.local_engine import LocalEngine
 from ratchet.errors import ServiceError
@@ -61,7 +62,7 @@ def rows() -> list[RawRow]:
 
 
 def test_a_real_model_is_trained_gated_served_and_exported(model: Path, tmp_path: Path) -> None:
-    values = make_values(str(model), REAL)
+    values = make_values(str(model), REAL.settings)
     values["prepare"] |= {"min_rows": 40, "test_share": 0.25, "validation_share": 0.05}
     values["train"] |= {"epochs": 3.0, "evaluations": 1}
     values["gate"] |= {"min_rows": 20}

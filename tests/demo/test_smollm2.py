@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from ratchet.config.params import Config
+from ratchet.demo.checkout import make_values
 from ratchet.demo.smollm2 import FILE, FOLDER, TEMPLATE, fetch_smollm2, find_smollm2
-from ratchet.demo.story import CHARTS, REAL, TOY, Scale, make_values
+from ratchet.demo.story import CHARTS, REAL, TOY, Scale
 from ratchet.errors import BaseModelError, ServiceError
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +48,7 @@ def test_an_index_that_does_not_answer_is_told_and_leaves_no_model(
 
 @pytest.mark.parametrize("scale", [TOY, REAL, CHARTS])
 def test_a_demos_settings_are_those_of_params_yaml(scale: Scale) -> None:
-    config = Config.model_validate(make_values("./model.gguf", scale))
+    config = Config.model_validate(make_values("./model.gguf", scale.settings))
     assert config.base.model == "./model.gguf"
     assert config.gate.min_rows == scale.settings["gate"]["min_rows"]
     assert config.ingest.pydoc.packages == ["stdlib"]  # what a section's settings do not name is kept
