@@ -59,8 +59,8 @@ class FedAvg(NamedTuple):
     """The weighted mean of the nodes (arXiv 1602.05629).
 
     With `exact` it is the mean of the updates B·A (arXiv 2410.09432); otherwise A and B are averaged apart,
-    as is usual, which gives another update than the nodes' mean. FedProx (arXiv 1812.06127) is the same at the
-    coordinator: its nodes train with `train.proximal`.
+    as is usual, which gives another update than the nodes' mean. FedProx (arXiv 1812.06127) is the same
+    here: its nodes train with `train.proximal`.
     """
 
     exact: bool = True
