@@ -143,11 +143,14 @@ def test_the_command_tells_apart_rows_that_would_fail_and_files_that_cannot_be_r
     (tmp_path / "bad.jsonl").write_bytes(b"\n".join([*GOOD[:9], b"7", b"8", b"9", b"10"]))
     (tmp_path / "fine.jsonl").write_bytes(b"\n".join(GOOD))
     (tmp_path / "empty.jsonl").write_bytes(b"")
+    (tmp_path / "doubtful.jsonl").write_bytes(b"\n".join([*GOOD, DOUBTFUL, BROKEN]))
 
     def check(*names: str) -> Done:
         return ratchet("-C", tmp_path, "data", "check", *(tmp_path / name for name in names))
 
-    assert check("fine.jsonl").returncode == 0
+    fine, doubtful = check("fine.jsonl"), check("doubtful.jsonl")
+    assert fine.returncode == 0 and "review" not in fine.stdout
+    assert "rejected 2" in doubtful.stdout and "1 of the rejected rows would go to review" in doubtful.stdout
     bad = check("bad.jsonl")
     assert (
         bad.returncode == 3
