@@ -119,6 +119,7 @@ REFUSED = [
     Refused(118, stored(tone(), form="AIFF"), "media_type", "AIFF"),
     Refused(117, OGG + OGG, "media_type", "Ogg file of 2 streams"),
     Refused(118, b"no sound at all", "media_type", "a file in place of a recording"),
+    Refused(118, b"sounds/a.wav", "media_type", "the path 'sounds/a.wav' in place of a recording"),
     Refused(119, stored(tone(rate=2000), 2000), "media_type", "2000 samples a second"),
     Refused(119, stored(tone(channels=9), 44_100), "media_type", "9 channels"),
     Refused(119, b"RIFF" + bytes(4) + b"WAVE" + bytes(40), "media_broken", "cut off"),
@@ -282,6 +283,7 @@ ROWS: list[tuple[int, dict[str, Any], str]] = [
     (121, question(1000, audio={"array": [0.0] * 9000, "sampling_rate": 16_000}), "media_silent"),
     (122, {"audios": ["sounds/a.wav"], **talk("<audio> and <audio>?")}, "media_place"),
     (122, talk([{"type": "audio"}]), "media_missing"),
+    (121, question(1000, audio=base64.b64encode(b"\xff\xf1\x50\x80" * 30).decode()), "media_url"),
     (122, {"images": ["sounds/a.png"], **talk([{"type": "audio"}])}, "media_place"),
     (122, talk("sing", answer=[{"type": "audio", "audio": "sounds/a.wav"}]), "media_place"),  # type: ignore[arg-type]
     (123, question(1000, image="sounds/a.png", audio="sounds/a.wav"), "taken"),
