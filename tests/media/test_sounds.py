@@ -9,6 +9,7 @@ import base64
 import io
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from ratchet.config.params import Config
 from ratchet.config.training import BaseConfig
 from ratchet.data.batches import read_manifest
 from ratchet.data.dedup import Gallery
+from ratchet.data.erasure import Entry, Forgotten
 from ratchet.data.examples import (
     MEDIA_MARK,
     Example,
@@ -53,7 +55,7 @@ from ratchet.models.loading import load_chat
 from ratchet.models.processors import kinds_read
 from ratchet.sources.preview import as_plain, preview_rows
 from tasks.base import make_base
-from tasks.ingest import pull
+from tasks.ingest import add_batch, pull
 from tasks.prepare import prepare
 from tasks.tokenize import tokenize
 from tests.media.test_media import batch_of, encoded, made, noise, question, talk, verdict_of
@@ -376,6 +378,35 @@ def test_the_same_recording_stands_in_one_split_whatever_file_it_came_in(tmp_pat
             sides.setdefault(row.media[0], set()).add(split)
     assert len(sides) == 40 and all(len(side) == 1 for side in sides.values())
     assert len(set().union(*sides.values())) == 3
+
+
+def test_a_forgotten_row_leaves_no_recording_behind(tmp_path) -> None:
+    """Neither where rows are prepared, nor in the batch that is ingested again without it to purge it."""
+
+    def given(number: int) -> str:
+        return f"data:audio/flac;base64,{base64.b64encode(sound(number)).decode()}"
+
+    rows = [question(at, audio=given(at)) for at in range(30)]
+    raw = batch_of(tmp_path, [*rows, question(30, audio=given(7))])
+    (batch,) = read_manifest(raw)
+    lines = (raw / batch.name).read_bytes().splitlines(keepends=True)
+    gone, shared = (json.loads(lines[at])["audio"].removeprefix("media:") for at in (4, 7))
+    data = MediaStore.read(raw)[gone]
+    entries = [Entry([], batch.name, line, "ticket", "tests", "2026-01-01T00:00:00Z") for line in (5, 8)]
+    settings, out = PrepareConfig(min_rows=1), tmp_path / "out"
+    forgotten = Forgotten(entries)
+    prepare(raw, tmp_path / "golden.jsonl", out, settings, forgotten=forgotten, tell=lambda _: None)
+    store = MediaStore.read(out / "media")
+    assert len(store) == 29 and gone not in store and shared in store, "the last row has it as well"
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "kept.jsonl").write_bytes(b"".join(lines[:4] + lines[5:]))
+    shutil.copy(raw / batch.shard, kept / "kept.tar")
+    add_batch(tmp_path / "again", pull(Config(), path=str(kept / "kept.jsonl")), licence="", who="tests")
+    assert len(MediaStore.read(tmp_path / "again")) == 29
+    files = [path for folder in (out, tmp_path / "again") for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 6
+    assert [path for path in files if data in path.read_bytes() or gone in path.read_text("latin-1")] == []
 
 
 def test_recordings_count_as_the_same_by_their_samples() -> None:
