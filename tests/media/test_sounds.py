@@ -447,14 +447,15 @@ def asking(*media: bytes) -> Example:
 
 
 def test_a_row_with_what_the_base_cannot_take_is_refused_with_the_reason(hearing, seeing, tiny_base) -> None:
-    for base, row, said in (
-        (seeing, asking(SOUND), "a row has a recording, and the base reads pictures only"),
-        (hearing, asking(PICTURE), "a row has a picture, and the base reads recordings only"),
-        (hearing, asking(PICTURE, SOUND), "a row has a picture, and the base reads recordings only"),
-        (tiny_base, asking(SOUND), "a row shows 1 recordings, and the base reads text only"),
+    for base, row, number, said in (
+        (seeing, asking(SOUND), 0, "a recording is given, and the base reads pictures only"),
+        (hearing, asking(PICTURE), 0, "a picture is given, and the base reads recordings only"),
+        (hearing, asking(SOUND, PICTURE), 1, "a picture is given, and the base reads recordings only"),
+        (tiny_base, asking(SOUND), 0, "a recording is given, and the base reads text only"),
     ):
-        with pytest.raises(MediaError, match=said):
+        with pytest.raises(MediaError, match=said) as refused:
             load_chat(base, BOTH).encode(row)
+        assert refused.value.medium == number
         assert not load_chat(base, BOTH).fits(row, 4096)
 
 
@@ -463,8 +464,9 @@ def test_a_recording_longer_than_the_base_hears_is_not_cut_but_refused(hearing, 
     media = {name_of(data): data for data in (long, whole)}
     chat = load_chat(hearing, media)
     assert chat.processor and chat.encode(asking(whole)).ids.count(chat.processor.image_id) == 50
-    with pytest.raises(MediaError, match=r"2\.2 s long, and the base hears 2 s at most"):
-        chat.encode(asking(long))
+    with pytest.raises(MediaError, match=r"2\.2 s long, and the base hears 2 s at most") as refused:
+        chat.encode(asking(whole, long))
+    assert refused.value.medium == 1
     rows, sounds = make_rows(60, sounds=True)
     both = asking(PICTURE, whole)
     prepared = write_prepared(
