@@ -6,9 +6,12 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
+
 from ratchet.config.params import Config
 from ratchet.data.batches import Batch, check_batch, raw_lines, read_manifest
-from ratchet.data.examples import RowError
+from ratchet.data.examples import RowError, prompt_key, read_examples
+from ratchet.data.profile import SPLITS
 from ratchet.data.validation import Doubt, Validator
 from ratchet.review.queue import ReviewQueue
 from ratchet.review.records import Item
@@ -29,18 +32,41 @@ def queue_doubtful(home: Path, data: Path, rejected: list[Rejection], config: Co
         return 0
     validator, queue = Validator(config.prepare), ReviewQueue(home)
     try:
-        added = 0
-        for batch in read_manifest(data / "raw"):
-            if rows := doubtful.get(batch.name):
-                items = _read_items(data / "raw", batch, rows, validator)
-                added += queue.add(items, share=config.review.share)
-        return added
+        found = [
+            (item, prompt)
+            for batch in read_manifest(data / "raw")
+            for item, prompt in _read_items(data / "raw", batch, doubtful.get(batch.name, {}), validator)
+            if queue.get(item.draft, item.id) is None
+        ]
+        earlier = _first_answers(data / "prepared", {prompt for _, prompt in found if prompt is not None})
+        items = [
+            msgspec.structs.replace(item, earlier=earlier.get(prompt, "")) if prompt is not None else item
+            for item, prompt in found
+        ]
+        return queue.add(items, share=config.review.share)
     finally:
         queue.close()
 
 
-def _read_items(raw: Path, batch: Batch, rows: dict[int, Rejection], validator: Validator) -> Iterator[Item]:
-    """Read the doubtful rows from their batches as they would be learned; rejected.jsonl has no texts."""
+def _first_answers(prepared: Path, prompts: set[int]) -> dict[int, str]:
+    """Return the first accepted answer to each prompt, by `prompt_key`."""
+    found: dict[int, str] = {}
+    for split in SPLITS if prompts else ():
+        for example in read_examples(prepared / f"{split}.jsonl"):
+            if (prompt := prompt_key(example)) in prompts:
+                found.setdefault(prompt, example.answer)
+    return found
+
+
+def _read_items(
+    raw: Path, batch: Batch, rows: dict[int, Rejection], validator: Validator
+) -> Iterator[tuple[Item, int | None]]:
+    """Read the doubtful rows from their batches as they would be learned; rejected.jsonl has no texts.
+
+    With a row that contradicts an earlier one comes the key of their prompt.
+    """
+    if not rows:
+        return
     for number, line in raw_lines(check_batch(raw, batch)):
         if number not in rows:
             continue
@@ -52,4 +78,5 @@ def _read_items(raw: Path, batch: Batch, rows: dict[int, Rejection], validator: 
             continue  # with today's settings the row is rejected for another reason
         meta = {**example.meta, "row": f"{batch.name}:{number}"}
         draft, doubts = f"doubts-{Path(batch.name).stem}", (rows[number].message,)
-        yield Item(example.id, draft, "quarantine", example.messages, meta=meta, doubts=doubts)
+        item = Item(example.id, draft, "quarantine", example.messages, meta=meta, doubts=doubts)
+        yield item, prompt_key(example) if rows[number].reason == "contradiction" else None

@@ -48,7 +48,14 @@ class BaseModelError(UserError):
 
 
 class MediaError(BaseModelError):
-    """A row's picture or recording that the base cannot take; other rows may go on."""
+    """A row's picture or recording that the base cannot take; other rows may go on.
+
+    `medium` is its number among those of the row, from 0.
+    """
+
+    def __init__(self, message: str, *, remedy: str = "", medium: int = 0) -> None:
+        super().__init__(message, remedy=remedy)
+        self.medium = medium
 
 
 class CheckoutError(UserError):

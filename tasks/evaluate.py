@@ -49,6 +49,9 @@ from ratchet.evaluation.metrics import are_labels, macro_f1
 from ratchet.evaluation.paired import SEEN_SHARE
 from ratchet.evaluation.report import Judged, Metrics, Summary
 from ratchet.evaluation.scoring import (
+    ATTACKED,
+    BLIND,
+    SWAPPED,
     Answered,
     Asked,
     Models,
@@ -120,9 +123,9 @@ def evaluate(
         [*fitting, *(pair.swapped for pair in pairs), *attacked, *(one.row for one in blind)],
         [
             *(str(row.meta["batch"]) for row in fitting),
-            *("swapped rows" for _ in pairs),
-            *("attacked rows" for _ in attacked),
-            *("blind rows" for _ in blind),
+            *(SWAPPED for _ in pairs),
+            *(ATTACKED for _ in attacked),
+            *(BLIND for _ in blind),
         ],
         _split_by_fit(compared, base, longest, media)[0] if PREFERENCE in config.evaluate.metrics else [],
         media,

@@ -7,6 +7,7 @@ they take.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import json
@@ -92,6 +93,14 @@ def picture(seed: int, width: int = 40, height: int = 30, kind: str = "PNG") -> 
     stored = io.BytesIO()
     image.save(stored, kind)
     return stored.getvalue()
+
+
+def picture_part(data: bytes) -> dict[str, Any]:
+    """Return the part of an OpenAI message that shows a picture."""
+    return {
+        "type": "image_url",
+        "image_url": {"url": f"data:image/png;base64,{base64.b64encode(data).decode()}"},
+    }
 
 
 def sound(seed: int, seconds: float = 0.5) -> bytes:

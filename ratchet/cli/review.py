@@ -205,6 +205,7 @@ def _show_item(item: dict[str, Any], waiting: int) -> str:
             *doubts,
             "",
             *turns,
+            *([f"an earlier row answers: {item['earlier']}"] if item["earlier"] else []),
             "",
             *passage,
         ]

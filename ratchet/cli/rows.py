@@ -94,6 +94,8 @@ def check(
                 f"{verdict.path}: {counts.rows} rows = accepted {counts.accepted['rows']}, "
                 f"rejected {counts.rejected['rows']}, duplicate {counts.duplicate['rows']}"
             )
+            if doubtful := sum(row.review for row in verdict.rejected):
+                say(f"  {doubtful} of the rejected rows would go to review: people decide (ratchet review)")
             if lengths := _tell_lengths(verdict.tokens, config) or verdict.unmeasured:
                 say(f"  {lengths}")
             if verdict.metrics:

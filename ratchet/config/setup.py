@@ -87,8 +87,8 @@ def write_params(path: Path, answers: Answers, *, force: bool = False) -> str:
     """
     check_base(answers.base, path.parent)
     fresh = render_params(Config(), SURVEYED)
-    text = edit_params(fresh, changes_for(answers))
-    parse_config(YAML(typ="safe").load(text), path)
+    changed = YAML(typ="safe").load(edit_params("", changes_for(answers)))
+    text = render_params(parse_config(changed, path), SURVEYED)  # not edited, so that comments stay in line
     if not force and path.exists() and path.read_text(encoding="utf-8") not in (fresh, text):
         raise UserError(
             f"{path} was changed by hand or by an earlier `ratchet init`",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ratchet.data.examples import ToolCall, media_of
 from ratchet.engines.transcript import Transcript
-from ratchet.errors import RatchetError, UserError
+from ratchet.errors import MediaError, RatchetError, UserError
 from ratchet.models.chat_template import ChatFormat
 from ratchet.models.reasoning import ReasoningReader
 from ratchet.serving.bundle import Bundle
@@ -64,6 +64,9 @@ class Row:
             self.media = media_of(ask.messages)
             chat = chat.showing(ask.media) if self.media else chat
             self.prompt = chat.fit_prompt(ask.messages, length, ask.tools, reasons=reasons)
+        except MediaError as error:
+            self.tell(error)
+            return False
         except Exception as error:  # noqa: BLE001  (the client whose messages caused it gets it)
             known = isinstance(error, RatchetError)
             self.tell(UserError(str(error) if known else f"the messages cannot be encoded: {error}"))

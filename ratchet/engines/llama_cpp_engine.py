@@ -32,7 +32,15 @@ import msgspec
 from ratchet.config.params import Config
 from ratchet.engines.answering import Row
 from ratchet.engines.grammars import BLANKS, OBJECT
-from ratchet.errors import BaseModelError, BusyError, ConfigError, RatchetError, ServiceError, UserError
+from ratchet.errors import (
+    BaseModelError,
+    BusyError,
+    ConfigError,
+    MediaError,
+    RatchetError,
+    ServiceError,
+    UserError,
+)
 from ratchet.files import whole_folder
 from ratchet.models.chat_template import ChatFormat
 from ratchet.models.loading import load_chat
@@ -128,7 +136,7 @@ class LlamaCppEngine:
         asks for what this engine cannot hold; ServiceError: the version is not loaded, or its server failed.
         """
         if ask.media:
-            raise UserError(
+            raise MediaError(
                 "the engine llama_cpp takes no pictures and no recordings",
                 remedy="set gateway.engine: local, or leave them out",
             )

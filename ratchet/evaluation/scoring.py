@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from hashlib import sha256
@@ -41,17 +41,27 @@ from ratchet.models.generation import Likelihood, answer_likelihoods, likelihood
 from ratchet.models.loading import load_adapter, load_chat, quiet
 from ratchet.pipeline.stage import say
 
+SWAPPED, ATTACKED, BLIND = "swapped rows", "attacked rows", "blind rows"
+COPIES = {SWAPPED: "swapped", ATTACKED: "attacked", BLIND: "blind"}  # group → what its rows are called
+
 
 class Asked(NamedTuple):
     """Rows to answer. `groups` names the group of each row; only rows of one group share a forward batch.
 
-    `worse`: rows with the worse answer of a preference, of which only the likelihood is measured.
+    Groups of COPIES hold rows that were asked as they are, too. `worse`: rows with the worse answer of a
+    preference, of which only the likelihood is measured.
     """
 
     rows: list[Example]
     groups: list[str]
     worse: Sequence[Example] = ()
     media: Mapping[str, bytes] = MappingProxyType({})  # the rows' pictures by name
+
+    def count(self) -> str:
+        """Tell how many rows there are, and how many copies of each kind."""
+        copies = Counter(group for group in self.groups if group in COPIES)
+        told = [f"{count} {COPIES[group]} copies" for group, count in copies.items()]
+        return " and ".join([f"{len(self.rows) - copies.total()} rows", *told])
 
 
 class Answered(NamedTuple):
@@ -200,7 +210,7 @@ def answer(
         assert entries is not None
         columns[part.compute] |= zip(part.batch, entries, strict=True)
     where = f", {cached / len(parts):.0%} of it from the cache" if cached else ""
-    say(f"evaluate: {player.name} on {len(asked.rows)} rows in {time.perf_counter() - started:.0f} s{where}")
+    say(f"evaluate: {player.name} on {asked.count()} in {time.perf_counter() - started:.0f} s{where}")
     of_rows = [columns[answers][index] for index in range(len(asked.rows))]
     of_worse = [Likelihood(*columns[likelihoods][index]) for index in range(len(worse))]
     said = [chat.read_answer(text, row.tools) for (*_, text, _), row in zip(of_rows, asked.rows, strict=True)]
@@ -211,7 +221,7 @@ def answer(
         )
     if cut := sum(bool(one.reasoning) and not one.text for one in said):
         say(
-            f"evaluate: WARNING: {player.name} came to no answer on {cut} of {len(said)} rows: reasoning and "
+            f"evaluate: WARNING: {player.name} came to no answer {cut} of {len(said)} times: reasoning and "
             f"answer have `evaluate.max_new_tokens` ({config.max_new_tokens}) together"
         )
     return Answered(

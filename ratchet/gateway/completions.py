@@ -20,7 +20,7 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from ratchet.config.serving import GatewayConfig
-from ratchet.errors import ServiceError
+from ratchet.errors import MediaError, ServiceError
 from ratchet.gateway.auth import Key
 from ratchet.gateway.identity import CHAT, RESPONSE
 from ratchet.gateway.limits import Gone, patience, read_body
@@ -150,6 +150,8 @@ class Completions:
                 code="stopping",
                 retry_after=5,
             )
+        except MediaError as error:
+            exchange.fault = exchange.chat.fault_of(error)
         except Exception as error:  # noqa: BLE001  (it is logged, recorded and told to the client)
             exchange.fault = _note(error, exchange.id)
         finally:

@@ -183,6 +183,7 @@ def parse_response(raw: bytes, limits: GatewayConfig) -> ResponseChat:
         reasons=(body.reasoning or {}).get("effort") != "none",
         media=media.known,
         looks=tuple(media.looks),
+        places=tuple(media.places),
     )
 
 

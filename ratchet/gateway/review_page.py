@@ -180,6 +180,7 @@ def _show(item: Item, root: Path) -> dict[str, Any]:
         "draft": item.draft,
         "turns": turns,
         "answer": answer,
+        "earlier": item.earlier,
         "passage": item.passage,
         "doubts": list(item.doubts),
         "meta": " · ".join(meta),

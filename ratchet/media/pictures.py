@@ -18,6 +18,7 @@ from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, UnidentifiedImageErr
 
 from ratchet.config.data import MediaConfig
 from ratchet.errors import DataError, RowError
+from ratchet.media.names import name_type
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 GREY = {"1": "bitmap", "I;16": "depth", "I;16B": "depth", "I;16L": "depth", "I;16N": "depth", "I": "depth"}
@@ -112,7 +113,8 @@ def _tell_type(data: bytes) -> str:
     head = data[:4096].removeprefix(b"\xef\xbb\xbf").lstrip()
     if b"<svg" in head.lower():
         return "an SVG"
-    return next((what for magic, what in OTHERS.items() if head.lower().startswith(magic.lower())), "a file")
+    known = (what for magic, what in OTHERS.items() if head.lower().startswith(magic.lower()))
+    return next(known, "") or name_type(data)
 
 
 def _check_size(image: Image.Image, limits: MediaConfig) -> None:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ratchet.config.data import MediaConfig
 from ratchet.errors import DataError, RowError
-from ratchet.media.names import SOUND
+from ratchet.media.names import SOUND, name_type
 
 RATE = 16_000  # samples a second: what Whisper's features, and with them most models, are made from
 FORMATS = ("WAV", "FLAC", "OGG", "MP3")
@@ -197,7 +197,8 @@ def _tell_type(data: bytes) -> str:
     if len(data) > 1 and data[0] == 0xFF and data[1] & 0xF6 == 0xF0:
         return "a recording in AAC"
     head = data[:4096].removeprefix(b"\xef\xbb\xbf").lstrip()
-    return next((what for magic, what in OTHERS.items() if head.lower().startswith(magic.lower())), "a file")
+    known = (what for magic, what in OTHERS.items() if head.lower().startswith(magic.lower()))
+    return next(known, "") or name_type(data)
 
 
 def _check_end(data: bytes) -> None:

@@ -457,12 +457,9 @@ class ChatFormat:
         if not names:
             return row
         if self.processor is None:
-            kinds = sorted({kind_of(name) for name in names}, reverse=True)
             raise MediaError(
-                f"a row shows {len(names)} {' and '.join(f'{kind}s' for kind in kinds)}, and the base reads "
-                "text only",
-                remedy="take a base that reads them as `base.model` (docs/training.md), or leave such rows "
-                "out",
+                f"a {kind_of(names[0])} is given, and the base reads text only",
+                remedy="take a base that reads it as `base.model` (docs/training.md), or leave it out",
             )
         self._check_kinds(names)
         try:
@@ -484,11 +481,12 @@ class ChatFormat:
     def _check_kinds(self, names: Sequence[str]) -> None:
         """Raise MediaError for a picture or recording that the template has no place for."""
         written = self._form.written if self._form else {}
-        for name in names:
+        for number, name in enumerate(names):
             if MARKS[is_sound(name)] not in written:
                 raise MediaError(
-                    f"a row has a {kind_of(name)}, and the base reads {' and '.join(self.reads)} only",
-                    remedy="take a base that reads both, or leave such rows out",
+                    f"a {kind_of(name)} is given, and the base reads {' and '.join(self.reads)} only",
+                    remedy="take a base that reads both, or leave it out",
+                    medium=number,
                 )
 
     def _encode_prompt(self, messages: Sequence[Message], tools: Sequence[Tool]) -> Encoded:

@@ -112,10 +112,13 @@ class MediaProcessor:
         """Return, for each id, the ids that stand in its place (see `expand`)."""
         kinds = {token.placeholder_id: sound for sound, token in self.tokens.items()}
         places, given = [kinds[id] for id in ids if id in kinds], [is_recording(one) for one in media]
-        for sound in sorted(set(given) - self.tokens.keys()):
-            raise MediaError(
-                f"a row has a {WORDS[sound]}, and the base reads {self.kinds} only", remedy=REMEDY
-            )
+        for number, sound in enumerate(given):
+            if sound not in self.tokens:
+                raise MediaError(
+                    f"a {WORDS[sound]} is given, and the base reads {self.kinds} only",
+                    remedy=REMEDY,
+                    medium=number,
+                )
         if places != given:
             raise BaseModelError(
                 f"the chat template writes {len(places)} places for {len(given)} {self.kinds}"
@@ -123,8 +126,15 @@ class MediaProcessor:
                 remedy="name a template in `base.chat_template` that writes "
                 f"{self.placeholder!r} once for each part of type {'audio' if True in given else 'image'}",
             )
-        written = iter(media)
-        return [self.tokens_of(next(written)) if id in kinds else [id] for id in ids]
+        written = iter(enumerate(media))
+        return [self._tokens_at(*next(written)) if id in kinds else [id] for id in ids]
+
+    def _tokens_at(self, number: int, medium: bytes) -> list[int]:
+        try:
+            return self.tokens_of(medium)
+        except MediaError as error:
+            error.medium = number
+            raise
 
     def tokens_of(self, medium: bytes) -> list[int]:
         """Return the ids that the processor writes for one picture or recording. Raises BaseModelError."""

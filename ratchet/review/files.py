@@ -23,13 +23,14 @@ from ratchet.review.queue import ReviewQueue
 from ratchet.review.records import VERDICTS, Decision, Entry, Item, split_answer, with_answer
 
 # People fill in `review`, `answer` and `why`.
-COLUMNS = ("id", "draft", "kind", "doubts", "question", "answer", "passage", "review", "why")
+COLUMNS = ("id", "draft", "kind", "doubts", "question", "answer", "earlier", "passage", "review", "why")
 FORMULA = set("=+-@\t\r\n＝＋－＠")  # what Excel, LibreOffice and Sheets read as the start of a formula
 MOST_NAMED = 10
 LABELLING = """<View>
   <Style>.htx-text { white-space: pre-wrap; }</Style>
   <Header value="Question"/><Text name="question" value="$question"/>
   <Header value="Answer"/><Text name="drafted" value="$answer"/>
+  <Header value="Answer of an earlier row"/><Text name="earlier" value="$earlier"/>
   <Header value="Passage"/><Text name="passage" value="$passage"/>
   <Header value="Doubts"/><Text name="doubts" value="$doubts"/>
   <Choices name="review" toName="question" choice="single" required="true" showInline="true">
@@ -95,7 +96,8 @@ def row_of(item: Item) -> dict[str, str]:
     conversation = "\n\n".join(f"{turn.role}: {turn.content}" for turn in before)
     question = before[0].content if len(before) == 1 else conversation
     named = {"id": item.id, "draft": item.draft, "kind": item.kind, "doubts": "; ".join(item.doubts)}
-    return {**named, "question": question, "answer": answer, "passage": item.passage, "review": "", "why": ""}
+    texts = {"question": question, "answer": answer, "earlier": item.earlier, "passage": item.passage}
+    return {**named, **texts, "review": "", "why": ""}
 
 
 def write_csv(rows: Iterable[dict[str, str]]) -> bytes:

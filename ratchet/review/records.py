@@ -29,6 +29,7 @@ class Item(msgspec.Struct, frozen=True):
     passage: str = ""  # source text that has to contain the answer
     meta: Meta = {}  # provenance: teacher, prompt_version, document, chunk ...
     doubts: tuple[str, ...] = ()  # reasons; an item with one is always reviewed
+    earlier: str = ""  # the answer of an earlier row to the same prompt, if this one contradicts it
 
 
 class Decision(msgspec.Struct, frozen=True):

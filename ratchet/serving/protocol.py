@@ -28,6 +28,7 @@ from ratchet.data.examples import (
     without_marks,
 )
 from ratchet.data.forms import order_results, read_calls, read_tools
+from ratchet.errors import MediaError
 from ratchet.media.names import from_base64, from_uri
 from ratchet.media.pictures import read_picture
 from ratchet.media.sounds import read_sound
@@ -197,6 +198,7 @@ class Chat:
     reasons: bool = True
     media: Mapping[str, bytes] = field(default_factory=dict)  # the messages' pictures and recordings by name
     looks: tuple[Look, ...] = ()  # how these look or sound, for the request log
+    places: tuple[str, ...] = ()  # where each of them stands in the body
 
     def ask(self, id: str, version: int, choice: int = 0) -> Ask:
         """Return the engine's request for one choice; its seed is the client's plus the choice's number."""
@@ -218,6 +220,11 @@ class Chat:
             self.reasons,
             self.media,
         )
+
+    def fault_of(self, error: MediaError) -> Fault:
+        """Return the fault that names the place of the medium that the base cannot take."""
+        where = self.places[error.medium]
+        return Fault(400, f"{where}: {error}", param=where)
 
     def logged(self) -> tuple[tuple[str, str], ...]:
         """Return roles and texts for the request log, preceded by the offered tools, if any."""
@@ -270,6 +277,7 @@ def parse_chat(raw: bytes, limits: GatewayConfig) -> Chat:
         reasons=body.reasoning_effort != "none",
         media=media.known,
         looks=tuple(media.looks),
+        places=tuple(media.places),
     )
 
 
@@ -325,6 +333,7 @@ class RequestMedia:
     def __init__(self, limits: GatewayConfig) -> None:
         self.known: dict[str, bytes] = {}
         self.looks: list[Look] = []
+        self.places: list[str] = []
         self._room, self._room_for_sounds = limits.max_pictures, limits.max_sounds
         self._limits = _limits_of(limits.max_sound_seconds)
 
@@ -348,9 +357,10 @@ class RequestMedia:
         except RowError as error:
             said = str(error).replace("ingest.media.max_seconds", "gateway.max_sound_seconds")
             refuse(where, f"{where}: {said}", SOUND_REMEDIES.get(error.reason, "send it again, whole"))
-        return self._keep(sound.name, sound.data)
+        return self._keep(where, sound.name, sound.data)
 
-    def _keep(self, name: str, data: bytes) -> str:
+    def _keep(self, where: str, name: str, data: bytes) -> str:
+        self.places.append(where)
         self.known[name] = data
         self.looks.append(describe(name, data))
         return name
@@ -375,7 +385,7 @@ class RequestMedia:
             picture = read_picture(from_uri(url), self._limits)
         except RowError as error:
             refuse(where, f"{where}: {error}", REMEDIES.get(error.reason, "send it again, whole"))
-        return self._keep(picture.name, picture.data)
+        return self._keep(where, picture.name, picture.data)
 
 
 def to_message(where: str, turn: Turn, media: RequestMedia | None = None) -> Message:

@@ -33,7 +33,7 @@ from ratchet.data.forms import (
     SOUND_PARTS,
     recognise_form,
 )
-from ratchet.media.names import from_base64, from_uri
+from ratchet.media.names import PATH, SHOWN, from_base64, from_uri
 from ratchet.media.pictures import read_picture
 from ratchet.media.sounds import read_sound, write_wav
 from ratchet.media.store import MediaStore, Spool
@@ -50,6 +50,7 @@ SOUND_BASE64 = ("UklGR", "ZkxhQ", "T2dnU", "SUQz", "//uQ", "//vQ", "//NE", "//Pk
 PICTURE_BASE64 = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk", "SUkq", "TU0A")  # how formats begin
 REFERENCES = ("data:", "DATA:", MEDIA, MEDIA_ERROR)
 LEAST_BASE64 = 100  # characters; a shorter text is a path
+BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
 TALKS = ("messages", "conversations", "conversation", "prompt", "chosen", "rejected")
 TALKS_OF_OPENAI = ("preferred_output", "non_preferred_output")
 HELD = (  # keys of a part with its picture or recording
@@ -57,7 +58,6 @@ HELD = (  # keys of a part with its picture or recording
     *("url", "path", "base64", "data", "source"),
 )
 WORD = {False: "picture", True: "recording"}  # the key tells whether it is a recording
-SHOWN = 80  # characters of a path in a message
 HERE = ("localhost", "127.0.0.1", "::1")  # from which plain HTTP is taken
 TRIES, FETCH_SECONDS = 3, 30.0
 ReadFile = Callable[[str], bytes]
@@ -239,6 +239,11 @@ class Rows:
             key = next((key for key in keys if value.get(key) not in (None, "", b"")), "")
             value = value.get(key)
             if key in ("base64", "data") and isinstance(value, str) and not value.startswith(REFERENCES):
+                if PATH.fullmatch(path := value.strip()):
+                    raise RowError(
+                        "media_broken",
+                        f"`{key}` is the path {path[:SHOWN]!r}; wanted base64 (`path` names a file)",
+                    )
                 return from_base64(value)
         if isinstance(value, bytes | bytearray | memoryview):
             return bytes(value)
@@ -257,7 +262,21 @@ class Rows:
             return from_uri(value)
         if len(value) >= LEAST_BASE64 and value.startswith(SOUND_BASE64 if sound else PICTURE_BASE64):
             return from_base64(value)
-        return self._from_path(value.strip(), WORD[sound])
+        try:
+            return self._from_path(value.strip(), WORD[sound])
+        except RowError as error:
+            if not _may_be_base64(value, sound=sound):
+                raise
+            return self._from_unknown_base64(value, error, sound=sound)
+
+    def _from_unknown_base64(self, value: str, error: RowError, *, sound: bool) -> str:
+        """Return the reference of a base64 that begins like none that is known. Raises RowError."""
+        try:
+            return self._intake.take(from_base64(value), sound=sound)
+        except RowError as other:
+            raise RowError(
+                error.reason, f"neither a path nor base64 that is taken: {error}; as base64, {other}"
+            ) from None
 
     def _from_path(self, path: str, word: str) -> bytes:
         if SCHEME.match(path) or path.startswith("//"):
@@ -276,6 +295,11 @@ class Rows:
                 f"the rows stand in no folder that can hold {path[:SHOWN]!r} (`ingest.media.folder`)",
             )
         return self._read(str(PurePosixPath(*parts)))
+
+
+def _may_be_base64(text: str, *, sound: bool) -> bool:
+    known = SOUND_BASE64 if sound else PICTURE_BASE64
+    return bool(BASE64.fullmatch(text)) and (len(text) >= LEAST_BASE64 or text.startswith(known))
 
 
 def _is_medium(part: Any) -> bool:

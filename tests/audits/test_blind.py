@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ratchet.audits.blind import WHATS, make_blind
 from ratchet.data.examples import MEDIA_MARK, Example, Message, make_example
+from ratchet.evaluation.scoring import ATTACKED, BLIND, Asked
 
 
 def shown(number: int, *media: str, text: str = "What is drawn?") -> Example:
@@ -60,3 +61,13 @@ def test_recordings_are_changed_for_recordings_and_count_by_themselves() -> None
     for one in blind:
         ends = [name.rpartition(".")[2] for name in one.row.media]
         assert one.kind == "without" or ends == [name.rpartition(".")[2] for name in of[one.of].media]
+
+
+def test_copies_that_are_asked_again_count_apart_from_the_rows() -> None:
+    rows = [shown(number, f"{number:x}.png") for number in range(5)]
+    copies = [one.row for one in make_blind(rows, most=3)]
+    groups = ["one"] * 5 + [ATTACKED] + [BLIND] * 6
+    assert (
+        Asked([*rows, rows[0], *copies], groups).count() == "5 rows and 1 attacked copies and 6 blind copies"
+    )
+    assert Asked(rows, ["one"] * 5).count() == "5 rows"

@@ -440,6 +440,8 @@ def test_the_answers_to_five_questions_are_a_params_yaml(tmp_path):
     assert (found.ingest.source, found.ingest.jsonl.path) == ("jsonl", "exports/*.jsonl")
     assert (found.gate.metric, found.adapter.method, found.promotion) == ("numeric_match", "qlora", "manual")
     assert dotted(pyyaml.safe_load(path.read_text())) == config_doc.SURVEYED
+    assert path.read_text() == config_doc.render_params(found, config_doc.SURVEYED), "comments stay in line"
+    assert max(map(len, path.read_text().splitlines())) <= config_doc.WIDTH
     write_params(path, Answers(), force=True)
     assert load_config(path) == Config()
 

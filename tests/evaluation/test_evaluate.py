@@ -339,8 +339,10 @@ def test_answers_that_are_cut_off_are_counted_for_each_model(
 ):
     settings = tiny_config.evaluate.model_copy(update={"max_new_tokens": 1})
     config = tiny_config.model_copy(update={"evaluate": settings})
-    evaluate(prepared, tiny_base, nobody, candidate, tmp_path / "out", config)
+    rows = evaluate(prepared, tiny_base, nobody, candidate, tmp_path / "out", config)["rows"]
     told = "".join(capsys.readouterr())
+    asked = re.findall(r"evaluate: (\w+) on (\d+) rows(?: and \d+ swapped copies)? in ", told)
+    assert dict(asked) == {"candidate": str(rows), "base": str(rows)}
     found = re.findall(
         r"(\d+) of (\d+) answers of (\w+) were cut off at `evaluate.max_new_tokens` \(1\)", told
     )

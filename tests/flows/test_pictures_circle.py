@@ -15,7 +15,7 @@ import numpy as np
 import openai
 import pandas as pd
 import pytest
-from media_models import make_llava
+from media_models import make_llava, picture_part, sound
 from patience import scaled
 from PIL import Image
 from served import serving_candidate
@@ -25,6 +25,7 @@ from ratchet.config.params import Config
 from ratchet.data.examples import Example, read_examples
 from ratchet.errors import UserError
 from ratchet.files import write_json
+from ratchet.media.sounds import to_wav
 from ratchet.media.store import FOLDER as MEDIA
 from ratchet.media.store import MediaStore
 from ratchet.monitoring.picture_features import FILE, read_features, unpack
@@ -108,14 +109,7 @@ def circle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Circle]:
 
 
 def ask(circle: Circle, *pictures: bytes, text: str = QUESTION) -> str:
-    parts = [
-        {
-            "type": "image_url",
-            "image_url": {"url": f"data:image/png;base64,{base64.b64encode(data).decode()}"},
-        }
-        for data in pictures
-    ]
-    content = [*parts, {"type": "text", "text": text}]
+    content = [*map(picture_part, pictures), {"type": "text", "text": text}]
     asked = circle.client.chat.completions.create(
         model="pydoc",
         messages=[{"role": "user", "content": content}],  # type: ignore[list-item,misc]
@@ -175,6 +169,12 @@ def test_what_the_gateway_cannot_look_at_is_refused_in_the_form_of_openai(circle
         ask(circle, whole[: len(whole) // 2])
     with pytest.raises(openai.BadRequestError, match="one picture too many"):
         ask(circle, *[whole] * 9)
+    played = {"data": base64.b64encode(to_wav(sound(1))).decode(), "format": "wav"}
+    content = [{"type": "text", "text": QUESTION}, {"type": "input_audio", "input_audio": played}]
+    with pytest.raises(openai.BadRequestError, match="the base reads pictures only") as refused:
+        circle.client.chat.completions.create(model="pydoc", messages=[{"role": "user", "content": content}])  # type: ignore[list-item,misc]
+    assert refused.value.param == "messages[0].content[1]"
+    assert "messages[0].content[1]: a recording is given" in str(refused.value)
 
 
 def test_the_whole_model_is_exported_with_its_processor_and_no_gguf_file_is(circle: Circle) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import openai
 import pytest
 import soundfile
-from media_models import make_qwen2_audio
+from media_models import make_qwen2_audio, picture, picture_part
 from served import serving_candidate
 from stages import Ran, run_stages
 
@@ -152,8 +152,14 @@ def test_what_the_gateway_cannot_hear_is_refused_in_the_form_of_openai(circle: C
         ask(circle, long.getvalue())
     longer = io.BytesIO()  # than this base hears, and not than a request may have
     soundfile.write(longer, np.tile(samples, 20)[: 3 * rate], rate, format="MP3")
-    with pytest.raises(openai.BadRequestError, match="the base hears 2 s at most"):
-        ask(circle, longer.getvalue())
+    with pytest.raises(openai.BadRequestError, match="the base hears 2 s at most") as refused:
+        ask(circle, whole.getvalue(), longer.getvalue())
+    assert refused.value.param == "messages[0].content[1]"
+    content = [part_of(whole.getvalue()), picture_part(picture(1))]
+    with pytest.raises(openai.BadRequestError, match="the base reads recordings only") as refused:
+        circle.client.chat.completions.create(model="pydoc", messages=[{"role": "user", "content": content}])  # type: ignore[list-item,misc]
+    assert refused.value.param == "messages[0].content[1]"
+    assert "messages[0].content[1]: a picture is given" in str(refused.value)
 
 
 def test_the_whole_model_is_exported_with_its_processor_and_no_gguf_file_is(circle: Circle) -> None:

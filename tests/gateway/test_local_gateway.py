@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import openai
 import pydantic
 import pytest
+from media_models import picture, picture_part
 from served import digest, put_in_charge, wait_for
 from servers import serving
 
@@ -172,3 +173,17 @@ def test_a_stop_string_ends_the_answer_before_it(local: Local):
     choice = local.client.chat.completions.create(**ASKED | {"max_tokens": 24}, stop=[stop]).choices[0]
 
     assert choice.message.content == whole[: whole.index(stop)].rstrip() and choice.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_picture_that_the_base_cannot_take_is_refused_by_its_place(local: Local, stream: bool):
+    shown = {"role": "user", "content": [{"type": "text", "text": "Which one?"}, picture_part(picture(1))]}
+    turns: Any = [*ASKED["messages"], {"role": "assistant", "content": "json"}, shown]
+    with pytest.raises(openai.BadRequestError, match="a picture is given, and the base reads text") as chat:
+        local.client.chat.completions.create(model="pydoc", messages=turns, stream=stream)
+    assert chat.value.param == "messages[2].content[1]" and "messages[2].content[1]: " in str(chat.value)
+    item: Any = {"type": "input_image", "image_url": picture_part(picture(1))["image_url"]["url"]}
+    given: Any = [{"role": "user", "content": [item]}]
+    with pytest.raises(openai.BadRequestError, match="a picture is given, and the base reads text") as other:
+        local.client.responses.create(model="pydoc", input=given, stream=stream)
+    assert other.value.param == "input[0].content[0]"

@@ -339,6 +339,27 @@ def test_a_row_shows_its_pictures_where_they_stand_in_the_text(gateway, visit):
 
 
 @pytest.mark.browser
+def test_a_row_shows_the_earlier_answer_that_it_contradicts(gateway, visit):
+    messages = (Message("user", "Which colour has jade?"), Message("assistant", "Blue."))
+    plain = (Message("user", "And amber?"), Message("assistant", "Yellow."))
+    rows = [
+        Item(example_id(messages), "q", "quarantine", messages, doubts=("contradiction",), earlier="Green."),
+        Item(example_id(plain), "q", "quarantine", plain, doubts=("boilerplate",)),
+    ]
+    queue = ReviewQueue(gateway.root)
+    queue.add(rows, share=0)
+    queue.close()
+    seen = visit()
+    assert (seen.text("answer"), seen.text("earlier")) == ("Blue.", "Green.")
+    assert seen.page.locator("#contradicted").is_visible()
+    if folder := os.environ.get("RATCHET_SHOTS"):
+        seen.page.screenshot(path=f"{folder}/review-contradiction.png")
+    seen.press("a", "1 row waits")
+    assert seen.text("answer") == "Yellow." and not seen.page.locator("#contradicted").is_visible()
+    assert seen.said == []
+
+
+@pytest.mark.browser
 def test_a_row_plays_its_recording(gateway, visit):
     played = sound(3, 0.5)
     write_shard(gateway.root / "data/raw", {name_of(played): played}, "sounds")

@@ -52,6 +52,7 @@ from ratchet.models.loading import load_chat
 from ratchet.review.queue import ReviewQueue
 from ratchet.review.records import Decision
 from ratchet.sources.columns import parse_columns
+from ratchet.sources.media import MediaIntake
 from ratchet.sources.preview import as_plain, preview_rows
 from tasks.ingest import add_batch, check_rows, freeze_golden, pull
 from tasks.prepare import Rejection, prepare
@@ -424,6 +425,47 @@ def test_a_reference_gets_its_verdict_and_no_row_vanishes(tmp_path, number, row,
     if example:
         assert all(message.content.count(MEDIA_MARK) == len(message.media) for message in example.messages)
     assert not (tmp_path / "data/prepared/media").exists() or example
+
+
+BASE64 = base64.b64encode(PNG).decode()
+HEIC = b"\x00\x00\x00\x20ftypheic" + bytes(100)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            {"base64": "images/a.png"},
+            "`base64` is the path 'images/a.png'; wanted base64 (`path` names a file)",
+        ),
+        (
+            "data:image/png;base64,images/a.png",
+            "the path 'images/a.png' in place of base64; wanted the bytes",
+        ),
+        (
+            {"base64": base64.b64encode(b"images/a.png").decode()},
+            "the path 'images/a.png' in place of a picture",
+        ),
+        (b"images/a.png", "the path 'images/a.png' in place of a picture; wanted"),
+        (base64.b64encode(HEIC).decode(), "neither a path nor base64 that is taken: there is no file"),
+        (base64.b64encode(HEIC).decode(), "as base64, a file of type HEIC in place of a picture; wanted"),
+        ({"path": BASE64[:160]}, "the picture is cut off: it has no end"),
+        ({"base64": BASE64[:101]}, "cut off or broken: 101 characters, wanted a multiple of 4"),
+        ({"base64": "ab-_" * 30}, "broken: character 3 is '-'"),
+    ],
+)
+def test_paths_and_base64_in_the_place_of_each_other_are_named(tmp_path, given, said) -> None:
+    folder_of(tmp_path / "data")
+    reference = MediaIntake(LIMITS, tmp_path).beside(
+        fsspec.filesystem("file"), str(tmp_path / "data/rows.jsonl")
+    )
+    assert said in reference.refer(given, sound=False)
+
+
+def test_base64_is_taken_where_a_path_is_named_however_it_begins(tmp_path) -> None:
+    tiny = base64.b64encode(encoded(Image.new("L", (1, 1)))).decode()
+    rows = MediaIntake(LIMITS).beside(fsspec.filesystem("file"), str(tmp_path / "rows.jsonl"))
+    assert len(tiny) < 100 and rows.refer({"path": tiny}, sound=False).startswith("media:")
 
 
 A = read_picture(PNG, LIMITS).name

@@ -9,6 +9,7 @@ import base64
 import io
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from ratchet.config.params import Config
 from ratchet.config.training import BaseConfig
 from ratchet.data.batches import read_manifest
 from ratchet.data.dedup import Gallery
+from ratchet.data.erasure import Entry, Forgotten
 from ratchet.data.examples import (
     MEDIA_MARK,
     Example,
@@ -53,7 +55,7 @@ from ratchet.models.loading import load_chat
 from ratchet.models.processors import kinds_read
 from ratchet.sources.preview import as_plain, preview_rows
 from tasks.base import make_base
-from tasks.ingest import pull
+from tasks.ingest import add_batch, pull
 from tasks.prepare import prepare
 from tasks.tokenize import tokenize
 from tests.media.test_media import batch_of, encoded, made, noise, question, talk, verdict_of
@@ -119,6 +121,7 @@ REFUSED = [
     Refused(118, stored(tone(), form="AIFF"), "media_type", "AIFF"),
     Refused(117, OGG + OGG, "media_type", "Ogg file of 2 streams"),
     Refused(118, b"no sound at all", "media_type", "a file in place of a recording"),
+    Refused(118, b"sounds/a.wav", "media_type", "the path 'sounds/a.wav' in place of a recording"),
     Refused(119, stored(tone(rate=2000), 2000), "media_type", "2000 samples a second"),
     Refused(119, stored(tone(channels=9), 44_100), "media_type", "9 channels"),
     Refused(119, b"RIFF" + bytes(4) + b"WAVE" + bytes(40), "media_broken", "cut off"),
@@ -282,6 +285,7 @@ ROWS: list[tuple[int, dict[str, Any], str]] = [
     (121, question(1000, audio={"array": [0.0] * 9000, "sampling_rate": 16_000}), "media_silent"),
     (122, {"audios": ["sounds/a.wav"], **talk("<audio> and <audio>?")}, "media_place"),
     (122, talk([{"type": "audio"}]), "media_missing"),
+    (121, question(1000, audio=base64.b64encode(b"\xff\xf1\x50\x80" * 30).decode()), "media_url"),
     (122, {"images": ["sounds/a.png"], **talk([{"type": "audio"}])}, "media_place"),
     (122, talk("sing", answer=[{"type": "audio", "audio": "sounds/a.wav"}]), "media_place"),  # type: ignore[arg-type]
     (123, question(1000, image="sounds/a.png", audio="sounds/a.wav"), "taken"),
@@ -376,6 +380,35 @@ def test_the_same_recording_stands_in_one_split_whatever_file_it_came_in(tmp_pat
     assert len(set().union(*sides.values())) == 3
 
 
+def test_a_forgotten_row_leaves_no_recording_behind(tmp_path) -> None:
+    """Neither where rows are prepared, nor in the batch that is ingested again without it to purge it."""
+
+    def given(number: int) -> str:
+        return f"data:audio/flac;base64,{base64.b64encode(sound(number)).decode()}"
+
+    rows = [question(at, audio=given(at)) for at in range(30)]
+    raw = batch_of(tmp_path, [*rows, question(30, audio=given(7))])
+    (batch,) = read_manifest(raw)
+    lines = (raw / batch.name).read_bytes().splitlines(keepends=True)
+    gone, shared = (json.loads(lines[at])["audio"].removeprefix("media:") for at in (4, 7))
+    data = MediaStore.read(raw)[gone]
+    entries = [Entry([], batch.name, line, "ticket", "tests", "2026-01-01T00:00:00Z") for line in (5, 8)]
+    settings, out = PrepareConfig(min_rows=1), tmp_path / "out"
+    forgotten = Forgotten(entries)
+    prepare(raw, tmp_path / "golden.jsonl", out, settings, forgotten=forgotten, tell=lambda _: None)
+    store = MediaStore.read(out / "media")
+    assert len(store) == 29 and gone not in store and shared in store, "the last row has it as well"
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "kept.jsonl").write_bytes(b"".join(lines[:4] + lines[5:]))
+    shutil.copy(raw / batch.shard, kept / "kept.tar")
+    add_batch(tmp_path / "again", pull(Config(), path=str(kept / "kept.jsonl")), licence="", who="tests")
+    assert len(MediaStore.read(tmp_path / "again")) == 29
+    files = [path for folder in (out, tmp_path / "again") for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 6
+    assert [path for path in files if data in path.read_bytes() or gone in path.read_text("latin-1")] == []
+
+
 def test_recordings_count_as_the_same_by_their_samples() -> None:
     one = write_flac(tone(rate=RATE).astype(np.float32))
     other = stored(np.asarray(samples_of(one)), RATE, "FLAC", "PCM_16")
@@ -414,14 +447,15 @@ def asking(*media: bytes) -> Example:
 
 
 def test_a_row_with_what_the_base_cannot_take_is_refused_with_the_reason(hearing, seeing, tiny_base) -> None:
-    for base, row, said in (
-        (seeing, asking(SOUND), "a row has a recording, and the base reads pictures only"),
-        (hearing, asking(PICTURE), "a row has a picture, and the base reads recordings only"),
-        (hearing, asking(PICTURE, SOUND), "a row has a picture, and the base reads recordings only"),
-        (tiny_base, asking(SOUND), "a row shows 1 recordings, and the base reads text only"),
+    for base, row, number, said in (
+        (seeing, asking(SOUND), 0, "a recording is given, and the base reads pictures only"),
+        (hearing, asking(PICTURE), 0, "a picture is given, and the base reads recordings only"),
+        (hearing, asking(SOUND, PICTURE), 1, "a picture is given, and the base reads recordings only"),
+        (tiny_base, asking(SOUND), 0, "a recording is given, and the base reads text only"),
     ):
-        with pytest.raises(MediaError, match=said):
+        with pytest.raises(MediaError, match=said) as refused:
             load_chat(base, BOTH).encode(row)
+        assert refused.value.medium == number
         assert not load_chat(base, BOTH).fits(row, 4096)
 
 
@@ -430,8 +464,9 @@ def test_a_recording_longer_than_the_base_hears_is_not_cut_but_refused(hearing, 
     media = {name_of(data): data for data in (long, whole)}
     chat = load_chat(hearing, media)
     assert chat.processor and chat.encode(asking(whole)).ids.count(chat.processor.image_id) == 50
-    with pytest.raises(MediaError, match=r"2\.2 s long, and the base hears 2 s at most"):
-        chat.encode(asking(long))
+    with pytest.raises(MediaError, match=r"2\.2 s long, and the base hears 2 s at most") as refused:
+        chat.encode(asking(whole, long))
+    assert refused.value.medium == 1
     rows, sounds = make_rows(60, sounds=True)
     both = asking(PICTURE, whole)
     prepared = write_prepared(

@@ -107,7 +107,7 @@ def alarms(windows: int, scans: int, rate: float = 0.05) -> int:
 
 
 def test_windows_of_known_pictures_are_called_drift_no_more_often_than_the_rate() -> None:
-    assert alarms(200, scans=0) <= 18, "99 % limit of 200 windows at 5 %"
+    assert alarms(400, scans=0) <= 31, "99 % limit of 400 windows at 5 %"
 
 
 def test_a_tenth_of_scans_among_photographs_is_found() -> None:

@@ -86,7 +86,7 @@ def alarms(windows: int, new: int, rate: float = 0.05) -> int:
 
 
 def test_windows_of_known_recordings_are_called_drift_no_more_often_than_the_rate() -> None:
-    assert alarms(100, new=0) <= 11, "99 % limit of 100 windows at 5 %"
+    assert alarms(400, new=0) <= 31, "99 % limit of 400 windows at 5 %"
 
 
 def test_a_tenth_through_a_telephone_is_found() -> None:

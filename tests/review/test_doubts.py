@@ -15,6 +15,7 @@ from ratchet.config.params import Config
 from ratchet.config.training import BaseConfig
 from ratchet.data.batches import write_batch
 from ratchet.data.examples import read_examples
+from ratchet.review.files import row_of
 from ratchet.review.queue import ReviewQueue
 from ratchet.review.records import Decision
 from tasks.prepare import prepare
@@ -71,6 +72,27 @@ def test_a_doubt_goes_to_people_and_what_they_accept_is_learned(tmp_path):
         )
         == 0
     ), "nobody is asked twice"
+
+
+def test_a_row_that_contradicts_an_earlier_one_is_shown_with_the_earlier_answer(tmp_path):
+    first = msgspec.json.encode({"prompt": "which colour has jade?", "completion": "green"})
+    prepared(tmp_path, [*GOOD, first])
+    others = [row.replace(b"question", b"riddle") for row in GOOD]
+    prepared(tmp_path, [*others, first.replace(b"green", b"blue"), DOUBTFUL], month=2)
+    rejected = read_rejected(tmp_path / "data/prepared/rejected.jsonl")
+    assert queue_doubtful(tmp_path, tmp_path / "data", rejected, CONFIG) == 2
+    queue = ReviewQueue(tmp_path)
+    items = {item.messages[-1].content: item for item in queue.pending()}
+    queue.close()
+    assert {answer: item.earlier for answer, item in items.items()} == {"blue": "green", "no": ""}
+    assert row_of(items["blue"])["earlier"] == "green"
+    shown = ratchet("-C", make_place(tmp_path), "review", "next").stdout
+    assert "assistant: blue" in shown and "an earlier row answers: green" in shown
+
+
+def make_place(root: Path) -> Path:
+    (root / "params.yaml").write_text(render_params(CONFIG))
+    return root
 
 
 def test_a_file_gets_the_verdicts_before_it_is_a_batch(tmp_path):
@@ -139,15 +161,18 @@ def test_a_row_is_shown_by_its_place(tmp_path):
 
 
 def test_the_command_tells_apart_rows_that_would_fail_and_files_that_cannot_be_read(tmp_path):
-    (tmp_path / "params.yaml").write_text(render_params(CONFIG))
+    make_place(tmp_path)
     (tmp_path / "bad.jsonl").write_bytes(b"\n".join([*GOOD[:9], b"7", b"8", b"9", b"10"]))
     (tmp_path / "fine.jsonl").write_bytes(b"\n".join(GOOD))
     (tmp_path / "empty.jsonl").write_bytes(b"")
+    (tmp_path / "doubtful.jsonl").write_bytes(b"\n".join([*GOOD, DOUBTFUL, BROKEN]))
 
     def check(*names: str) -> Done:
         return ratchet("-C", tmp_path, "data", "check", *(tmp_path / name for name in names))
 
-    assert check("fine.jsonl").returncode == 0
+    fine, doubtful = check("fine.jsonl"), check("doubtful.jsonl")
+    assert fine.returncode == 0 and "review" not in fine.stdout
+    assert "rejected 2" in doubtful.stdout and "1 of the rejected rows would go to review" in doubtful.stdout
     bad = check("bad.jsonl")
     assert (
         bad.returncode == 3
