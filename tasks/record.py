@@ -128,6 +128,8 @@ def register(found: Findings, config: Config, *, run_id: str, commit: str) -> Ve
         "base": describe_base(manifest.base),
         "started from": "the champion's adapter" if manifest.inputs.start != "base" else "the base",
     }
+    if manifest.privacy:
+        facts["privacy"] = manifest.privacy.told
     tags = {
         KEY_TAG: manifest.run_key,
         "verdict": decision.verdict,

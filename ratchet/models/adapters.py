@@ -451,6 +451,23 @@ def save_trained(model: Any, base: Path, folder: Path, weights: dict[str, Tensor
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours follows with the gate's table
 
 
+def moved(start: Path | None, folder: Path) -> float:
+    """Return the length of what the training changed in the weights of the adapter in `folder` (L2).
+
+    It reads the files that are served, not the model in memory: a training may improve weights that are never
+    written (Opacus's issue 820). Without `start` a new adapter counts by the matrices that began as zeros.
+    """
+    from safetensors.torch import load_file
+
+    now = load_file(folder / WEIGHTS)
+    if start:
+        before = load_file(start / WEIGHTS)
+        changes = [weight.double() - before[name].double() for name, weight in now.items()]
+    else:
+        changes = [weight.double() for name, weight in now.items() if "lora_B" in name]
+    return float(sum(change.square().sum() for change in changes) ** 0.5)
+
+
 def check_start(incumbent: Path, config: AdapterConfig) -> None:
     """Raise BaseModelError if the champion's adapter differs from `config` in method or shape."""
     theirs = read_trained_manifest(incumbent).adapter

@@ -15,6 +15,7 @@ import msgspec
 
 from ratchet.errors import BaseModelError
 from ratchet.files import read_json, write_json
+from ratchet.privacy.ledger import Promise
 
 MANIFEST = "manifest.json"
 PROOF = Path("reports/base.json")
@@ -92,6 +93,8 @@ class TrainedManifest(msgspec.Struct, frozen=True):
     batches: list[str] = []
     inputs: Inputs = Inputs()
     max_length: int | None = None  # longest row of the training, in tokens
+    privacy: Promise | None = None
+    audit_canaries: int = 0
 
 
 def describe_base(base: BaseName) -> str:

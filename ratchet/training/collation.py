@@ -9,7 +9,19 @@ from typing import Any, NamedTuple
 import torch
 
 from ratchet.models.generation import Inputs, no_inputs
-from ratchet.training.packing import FOLLOWS, IGNORED, TOKEN_COLUMNS, Role, Window, group_rows
+from ratchet.privacy.accountant import Mechanism
+from ratchet.privacy.noise import draw_rows
+from ratchet.training.packing import (
+    FOLLOWS,
+    IGNORED,
+    TOKEN_COLUMNS,
+    Role,
+    Window,
+    by_length,
+    group_rows,
+    rows_of,
+)
+from ratchet.training.schedule import Schedule
 
 # Ids and positions of packed windows, (batch, seq) each, and what the model takes of pictures → positions.
 Place = Callable[[torch.Tensor, torch.Tensor, Mapping[str, torch.Tensor]], torch.Tensor]
@@ -126,6 +138,49 @@ def make_batches(
     if accumulate > 1:  # the last forward passes may hold only padding
         train += [fill] * (-len(train) % (items * accumulate))
     return Batches(train, held_out, items, longest, learned / (len(held_out) or 1), collate)
+
+
+class Private(NamedTuple):
+    """What a training with differential privacy adds: its mechanism, the clipping norm, and the secret key.
+
+    `rows` is the number of rows that steps draw from.
+    """
+
+    mechanism: Mechanism
+    max_grad_norm: float
+    key: bytes
+    rows: int
+
+    @property
+    def rows_a_step(self) -> float:
+        """The mean number of rows of a step; the true number would tell whether a row was there."""
+        return self.mechanism.sampling_rate * self.rows
+
+
+def draw_batches(
+    batches: Batches, windows: Sequence[Window], private: Private, schedule: Schedule
+) -> Batches:
+    """Replace the training items by the numbers of the steps, whose rows are drawn as they are collated.
+
+    A step's batch is its number, and forward passes of rows of similar length.
+    """
+    rows = rows_apart(windows)
+    assert len(rows) == private.rows, f"{len(rows)} rows, accounted for {private.rows}"
+    room = schedule.batch_windows * max(len(window.input_ids) for window in windows)  # tokens
+
+    def collate(items: Sequence[Any]) -> dict[str, Any]:
+        if not isinstance(items[0], int):
+            return batches.collate(items)  # validation
+        drawn = draw_rows(private.key, items[0], len(rows), private.mechanism.sampling_rate)
+        passes = [batches.collate([group]) for group in by_length([[rows[row]] for row in drawn], room)]
+        return {"number": items[0], "passes": passes}
+
+    return batches._replace(train=list(range(schedule.steps)), items=1, collate=collate)
+
+
+def rows_apart(windows: Sequence[Window]) -> list[Window]:
+    """Return the rows of all windows, one by one."""
+    return [row for window in windows for row in rows_of(window)]
 
 
 def count_batches(windows: Sequence[Window], batch_windows: int, *, apart: bool | None = None) -> int:
