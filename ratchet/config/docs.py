@@ -77,7 +77,6 @@ SURVEYED = frozenset(
         "train.accumulate",
         "train.patience",
         "train.checkpoint_activations",
-        "train.privacy.epsilon",
         "adapter.method",
         "adapter.quantisation",
         "adapter.rank",

@@ -42,7 +42,7 @@ def make_references(count: int) -> list[Canary]:
 
 
 def make_audit_canaries(count: int) -> list[tuple[Canary, bool]]:
-    """Make the canaries of the audit of ε, each with whether it is planted: by a fair coin, always the same."""
+    """Make the canaries of the audit of ε, each with whether it is planted: by a fair, fixed coin."""
     coins = (hashlib.sha256(f"canary coin {number}".encode()).digest()[0] % 2 == 1 for number in range(count))
     return [(_canary(f"audit {number}"), planted) for number, planted in enumerate(coins)]
 

@@ -11,14 +11,16 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from importlib.util import find_spec
 
 import msgspec
+from scipy.optimize import brentq
 
 from ratchet.errors import ConfigError
 
 NOISE_DIGITS = 4  # significant ones of a noise multiplier, rounded up
-MOST_NOISE = 1e4
+FIRST_NOISE, MOST_NOISE = 4.0, 1e4
 TOLERANCE = 0.005  # relative, of the ε that the chosen noise gives
 
 
@@ -69,10 +71,11 @@ def noise_for(epsilon: float, delta: float, sampling_rate: float, steps: int) ->
     Raises ConfigError if no noise multiplier up to 10,000 is enough.
     """
 
+    @cache
     def spent(noise: float) -> float:
         return epsilon_of([Mechanism(noise, sampling_rate, steps)], delta)
 
-    high = 1.0
+    high = FIRST_NOISE
     while spent(high) > epsilon:
         high *= 2
         if high > MOST_NOISE:
@@ -80,14 +83,14 @@ def noise_for(epsilon: float, delta: float, sampling_rate: float, steps: int) ->
                 f"no noise gives ε = {epsilon:g} with δ = {delta:g} over {steps} steps",
                 remedy="raise `train.privacy.epsilon` or `train.privacy.delta`, or lower `train.epochs`",
             )
-    low = high / 2 if high > 1 else 0.0
-    while epsilon - spent(high) > TOLERANCE * epsilon and high - low > TOLERANCE * low:
-        middle = (low + high) / 2 if low else high / 2
-        if spent(middle) > epsilon:
-            low = middle
-        else:
-            high = middle
-    return Mechanism(_rounded_up(high), sampling_rate, steps)
+    low = high / 2
+    while spent(low) <= epsilon:  # from above, since little noise takes long to account for
+        low, high = low / 2, low
+    aim = epsilon * (1 - TOLERANCE / 2)
+    found = _rounded_up(brentq(lambda noise: spent(noise) - aim, low, high, rtol=TOLERANCE / 2))
+    while spent(found) > epsilon:
+        found = _rounded_up(found * (1 + TOLERANCE))
+    return Mechanism(found, sampling_rate, steps)
 
 
 def _rounded_up(value: float) -> float:

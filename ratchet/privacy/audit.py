@@ -18,7 +18,7 @@ from scipy import stats
 
 SHARES = (0.02, 0.05, 0.1, 0.25, 0.5)  # of the canaries that are guessed as planted, and as many as not
 HIGHEST = 50.0  # ε of which no audit of feasible size can tell more
-ROUNDS = 40  # of the bisection
+ROUNDS = 24  # of the bisection
 
 
 class Bound(NamedTuple):

@@ -74,8 +74,8 @@ def refuse_private(config: Config, what: str) -> None:
     """Raise ConfigError with `train.privacy`: trainings outside the DAG are in no ledger."""
     if config.train.privacy.epsilon:
         raise ConfigError(
-            f"`train.privacy.epsilon` is set, and `ratchet {what}` trains on these rows outside the ledger of "
-            "what they have spent",
+            f"`train.privacy.epsilon` is set, and `ratchet {what}` trains on these rows outside the ledger "
+            "of what they have spent",
             remedy="choose settings on rows that need no privacy, or by `ratchet retrain` within the budget",
         )
 

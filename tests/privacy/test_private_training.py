@@ -159,14 +159,15 @@ def test_without_noise_and_clipping_every_row_a_step_is_plain_full_batch_descent
 
 def private(config: Config, **privacy: Any) -> Config:
     raw = config.model_dump()
-    raw["train"]["privacy"] |= {"epsilon": 3.0, "delta": 1e-4, "batch_rows": 100, **privacy}
+    raw["train"]["privacy"] |= {"epsilon": 3.0, "delta": 1e-4, "batch_rows": 10_000, **privacy}
     return Config.model_validate(raw)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, tokens: Path, tiny_base: Path, nobody: Path, tiny_config: Config) -> Path:
     folder = tmp_path_factory.mktemp("private")
-    train(tokens, tiny_base, nobody, folder / "candidate", folder / "reports/train", private(tiny_config))
+    config = private(tiny_config, batch_rows=100)
+    train(tokens, tiny_base, nobody, folder / "candidate", folder / "reports/train", config)
     return folder
 
 
