@@ -43,7 +43,7 @@ class Size(NamedTuple):
     batch_rows: int
 
 
-FULL = Size(6, Counts(30, 4, 10), 600, 12.0, 400, 512)
+FULL = Size(6, Counts(30, 4, 10), 600, 20.0, 400, 512)
 QUICK = Size(2, Counts(6, 2, 2), 20, 1.0, 40, 60)
 
 

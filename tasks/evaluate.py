@@ -272,10 +272,10 @@ def _attacks(
 def _check_planted(candidate: Path, config: Config) -> None:
     manifest = read_json(candidate / MANIFEST)
     for key in ("canaries", "audit_canaries"):
-        planted, wanted = manifest.get(key, 0), getattr(config.evaluate, key)
+        planted, wanted, kind = manifest.get(key, 0), getattr(config.evaluate, key), key.replace("_", " ")
         if wanted and planted != wanted:
             raise DataError(
-                f"the candidate was trained with {key} {planted}, `evaluate.{key}` is {wanted}",
+                f"the candidate was trained with {planted} planted {kind}, `evaluate.{key}` is {wanted}",
                 remedy="dvc repro tokenize train, or ratchet retrain --force",
             )
 
