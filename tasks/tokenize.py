@@ -15,14 +15,14 @@ import argparse
 import shutil
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
 from ratchet.config.params import Config
-from ratchet.data.examples import Example, count_reasoned, encode_line, read_examples
+from ratchet.data.examples import PEOPLE, Example, Meta, count_reasoned, encode_line, read_examples
 from ratchet.data.mixture import Paired, mix_rows, pair_up, read_undesirable
 from ratchet.errors import DataError, MediaError, UserError
 from ratchet.evaluation.canaries import make_audit_canaries, make_canaries
@@ -175,7 +175,7 @@ def tokenize(prepared: Path, base: Path, incumbent: Path, out: Path, config: Con
     preferences = _count_preferences(fitting["train"], paired, config) if compares else msgspec.UNSET
     with whole_folder(out) as folder:
         for split, more in (("train", planted), ("validation", [])):
-            windows = _pack(fitting[split], more, limits, config)
+            windows = _pack(fitting[split], more, limits, config, owners=split == "train")
             write_windows(folder / f"{split}.arrow", windows)
             shown |= {name for window in windows for name in window.media}
             figures[split] = _describe([row.example for row in fitting[split]], windows, seen)
@@ -269,9 +269,12 @@ def _count_preferences(rows: list[Measured], paired: Paired, config: Config) -> 
     return PreferenceFigures(0, 0, len(rows) - bad, bad + worse, 0)
 
 
-def _pack(rows: list[Measured], planted: list[Encoded], limits: Limits, config: Config) -> list[Window]:
+def _pack(
+    rows: list[Measured], planted: list[Encoded], limits: Limits, config: Config, *, owners: bool
+) -> list[Window]:
     if config.train.objective == "sft":
-        return pack([*(row.tokens for row in rows), *planted], limits.window)
+        numbers = _number_users([row.example.meta for row in rows], len(planted)) if owners else []
+        return pack([*(row.tokens for row in rows), *planted], limits.window, numbers)
     if config.train.objective == "dpo":
         units = [
             Unit([row.tokens, row.worse], [Role.CHOSEN, Role.REJECTED])
@@ -282,6 +285,19 @@ def _pack(rows: list[Measured], planted: list[Encoded], limits: Limits, config: 
     else:
         units = _judged_units(rows, limits.max_length)
     return pack_units([*units, *(Unit([row], [Role.PLAIN]) for row in planted)], limits.window)
+
+
+def _number_users(metas: Sequence[Meta], more: int) -> list[int]:
+    """Return a number for the user of each row, and others for `more` rows; none if no row names a user.
+
+    A row that names nobody has a number of its own, as if it were a user's only one.
+    """
+    named = [next((f"user {meta[key]}" for key in PEOPLE if meta.get(key)), "") for meta in metas]
+    if not any(named):
+        return []
+    names = [name or f"row {place}" for place, name in enumerate([*named, *[""] * more])]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return [numbers[name] for name in names]
 
 
 def _judged_units(rows: list[Measured], longest: int) -> list[Unit]:

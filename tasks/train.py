@@ -74,6 +74,7 @@ if TYPE_CHECKING:
 
     from ratchet.training.checkpoints import Checkpoints
     from ratchet.training.collation import Private
+    from ratchet.training.packing import Window
 
 ROOM = 200 * 2**20  # bytes that must be free on the disk, beside the trained weights
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
@@ -147,7 +148,7 @@ class Spends(NamedTuple):
     """What a private training is going to spend: `most` is the ε of its rows with earlier trainings."""
 
     mechanism: Mechanism
-    rows: int
+    units: list[list[Window]]  # the rows of each
     most: float
 
 
@@ -186,20 +187,20 @@ class Training:
                 "no noise hides that now",
                 remedy="set `train.start_from: base`",
             )
-        rows = sum(window.position_ids.count(0) for window in read_windows(self._tokens / "train.arrow"))
-        if privacy.delta >= 1 / rows:
+        units = self._units()
+        if privacy.delta >= 1 / len(units):
             raise DataError(
-                f"`train.privacy.delta` is {privacy.delta:g}, and there are {rows} rows: a training that "
-                "publishes one of them whole would satisfy it",
-                remedy=f"set it under {1 / rows:.1g}",
+                f"`train.privacy.delta` is {privacy.delta:g}, and there are {len(units)} {privacy.unit}s: a "
+                "training that publishes one of them whole would satisfy it",
+                remedy=f"set it under {1 / len(units):.1g}",
             )
-        rate = min(1.0, privacy.batch_rows / rows)
+        rate = min(1.0, privacy.batch_rows / sum(map(len, units)))
         mechanism = noise_for(privacy.epsilon, privacy.delta, rate, max(1, math.ceil(train.epochs / rate)))
         most = check_budget(read_spendings(ledger), mechanism, self._profile["batches"], privacy)
-        self._spends = Spends(mechanism, rows, most)
+        self._spends = Spends(mechanism, units, most)
         say(
-            f"train: private by row: ε = {privacy.epsilon:g}, δ = {privacy.delta:g} ({mechanism.told}); with "
-            f"earlier trainings ε = {most:.3g} of {privacy.most:g} for the rows that have spent most"
+            f"train: private by {privacy.unit}: ε = {privacy.epsilon:g}, δ = {privacy.delta:g} "
+            f"({mechanism.told}); with earlier trainings ε = {most:.3g} of {privacy.most:g} for the rows that have spent most"
         )
 
     def checkpoints(self, *, curve: Callable[[], Points]) -> Checkpoints:
@@ -283,6 +284,26 @@ class Training:
             learned_tokens=sum(label != IGNORED for window in windows for label in window.labels),
         )
 
+    def _units(self) -> list[list[Window]]:
+        """Return the rows that are protected as one. Raises DataError for users of whom none is named."""
+        from ratchet.training.collation import by_user, rows_apart
+
+        privacy, rows = self._config.train.privacy, rows_apart(read_windows(self._tokens / "train.arrow"))
+        if privacy.unit == "row":
+            return [[row] for row in rows]
+        if not rows[0].owners:
+            raise DataError(
+                f"`train.privacy.unit` is user, and none of {len(rows)} rows names one",
+                remedy="give rows a column `user` and name it in `prepare.extra_keys`, or put it into `meta`",
+            )
+        users = by_user(rows, privacy.user_rows)
+        if left := len(rows) - sum(map(len, users)):
+            say(
+                f"train: {left} of {len(rows)} rows are left out: `train.privacy.user_rows` is "
+                f"{privacy.user_rows}"
+            )
+        return users
+
     def _private(self, checkpoints: Checkpoints) -> Private | None:
         if self._spends is None:
             return None
@@ -292,7 +313,7 @@ class Training:
             self._spends.mechanism,
             self._config.train.privacy.max_grad_norm,
             checkpoints.keep_key(),
-            self._spends.rows,
+            self._spends.units,
         )
 
     def _load_loss(self, *, shown: bool) -> AnswerLoss | PreferenceLoss:
@@ -365,7 +386,7 @@ class Training:
             epsilon=privacy.epsilon,
             delta=privacy.delta,
             unit=privacy.unit,
-            rows=spends.rows,
+            units=len(spends.units),
             batches=self._profile["batches"],
         )
         add_spending(ledger, spending)

@@ -150,8 +150,13 @@ class PrivacyConfig(Section):
         description="δ: the probability with which ε may not hold; it has to be under one divided by the "
         "number of rows",
     )
-    unit: Literal["row"] = Field(
-        default="row", description="what is protected: the presence of one row, which is one conversation"
+    unit: Literal["row", "user"] = Field(
+        default="row",
+        description="what is protected: the presence of one row, which is one conversation; or of all rows "
+        "of a user, whom `meta.user` (or `asked_by`, `taught_by`) names. A row that names nobody is one user",
+    )
+    user_rows: Count = Field(
+        default=16, description="rows of a user that are used with `unit: user`; the others are left out"
     )
     max_grad_norm: float = Field(
         default=1.0,

@@ -23,17 +23,17 @@ def judge_privacy(promise: Promise, audited: pd.DataFrame | None, wanted: int, c
     told = f"guardrail privacy: {promise.told}"
     if promise.moved <= 0:
         reason = f"{told}, but the weights that were written are those from which the training started"
-        return unmeasured("privacy", "epsilon", promise.rows, "fail", reason)
+        return unmeasured("privacy", "epsilon", promise.units, "fail", reason)
     told += f"; the weights moved by {promise.moved:.3g}"
     if audited is None:
-        return unmeasured("privacy", "epsilon", promise.rows, "pass", f"{told}; not audited")
+        return unmeasured("privacy", "epsilon", promise.units, "pass", f"{told}; not audited")
     bound = _bound_of(audited, wanted, promise.delta, config)
     refuted = bound.epsilon > promise.epsilon
     told += (
         f"; audit: {bound.right} of {bound.guesses} guesses about {wanted} canaries are right, so ε is "
         f"{bound.epsilon:.2f} or more: {'the claim is refuted' if refuted else 'that does not refute it'}"
     )
-    return unmeasured("privacy", "epsilon", promise.rows, "fail" if refuted else "pass", told)
+    return unmeasured("privacy", "epsilon", promise.units, "fail" if refuted else "pass", told)
 
 
 def _bound_of(audited: pd.DataFrame, wanted: int, delta: float, config: GateConfig) -> Bound:

@@ -29,26 +29,32 @@ class RowGradients:
         self._max_norm = max_grad_norm
         self._layers = _trained_layers(model)
         self._sums: dict[str, Tensor] = {}
-        self.clipped = self.seen = 0  # rows of this step whose gradient was too long, and all
+        self.clipped = self.seen = 0  # units of this step whose gradient was too long, and all
 
-    def add(self, losses: Callable[[], Tensor], count: int) -> Tensor:
-        """Add the gradients of a forward pass of `count` rows; return its losses, (count,).
+    def add(self, losses: Callable[[], Tensor], units: Tensor) -> Tensor:
+        """Add the gradients of a forward pass; return its losses, (rows,).
 
-        `losses()` computes one loss a row.
+        `losses()` computes one loss a row. `units`, (rows,), numbers from 0 what is clipped as one: the row,
+        or all rows of a user, whose loss is their mean and who must all be in this pass.
         """
-        with self._recorded(count) as passes:
+        rows_of_unit = torch.bincount(units)  # (units,)
+        count = len(rows_of_unit)
+        with self._recorded(len(units)) as passes:
             found = losses()
-        gradients = torch.autograd.grad(found.sum(), [each.output for each in passes], allow_unused=True)
-        by_row: dict[str, Tensor] = {}  # (rows, out, in)
+        total = (found / rows_of_unit[units]).sum()
+        gradients = torch.autograd.grad(total, [each.output for each in passes], allow_unused=True)
+        by_unit: dict[str, Tensor] = {}  # (units, out, in)
         for each, gradient in zip(passes, gradients, strict=True):
             if gradient is not None:
                 part = torch.einsum("rto,rti->roi", gradient.float(), each.seen.float())
-                by_row[each.layer] = by_row[each.layer] + part if each.layer in by_row else part
-        squares = [rows.flatten(1).square().sum(1) for rows in by_row.values()]
-        norms = torch.stack(squares).sum(0).sqrt() if squares else found.new_zeros(count)  # (rows,)
+                if count < len(units):
+                    part = part.new_zeros(count, *part.shape[1:]).index_add(0, units, part)
+                by_unit[each.layer] = by_unit[each.layer] + part if each.layer in by_unit else part
+        squares = [parts.flatten(1).square().sum(1) for parts in by_unit.values()]
+        norms = torch.stack(squares).sum(0).sqrt() if squares else found.new_zeros(count)  # (units,)
         scale = (self._max_norm / norms.clamp(min=1e-12)).clamp(max=1.0)
-        for name, rows in by_row.items():
-            part = torch.einsum("r,roi->oi", scale, rows)
+        for name, parts in by_unit.items():
+            part = torch.einsum("u,uoi->oi", scale, parts)
             self._sums[name] = self._sums[name] + part if name in self._sums else part
         self.seen += count
         self.clipped += int((norms > self._max_norm).sum())

@@ -34,8 +34,8 @@ class Spending(msgspec.Struct, frozen=True):
     mechanism: Mechanism
     epsilon: float  # of this training alone
     delta: float
-    unit: str
-    rows: int
+    unit: str  # "row" or "user"
+    units: int  # rows or users
     batches: list[str]
 
 
@@ -55,7 +55,7 @@ class Promise(Spending, frozen=True, kw_only=True):
         earlier = self.epsilon_together > self.epsilon * (1 + SLACK)
         together = f", ε = {self.epsilon_together:.3g} with earlier trainings" if earlier else ""
         return (
-            f"ε = {self.epsilon:g}, δ = {self.delta:g} for each of {self.rows} {self.unit}s{together} "
+            f"ε = {self.epsilon:g}, δ = {self.delta:g} for each of {self.units:,} {self.unit}s{together} "
             f"({self.mechanism.told})"
         )
 

@@ -82,6 +82,6 @@ def normal(key: bytes, number: int, count: int, part: int = 0) -> Values:
     return summed
 
 
-def draw_rows(key: bytes, number: int, rows: int, rate: float) -> list[int]:
-    """Draw the rows of step `number`: each of `rows` by itself with probability `rate` (Poisson sampling)."""
-    return [int(row) for row in np.flatnonzero(uniform(key, Purpose.SAMPLE, number, rows) < rate)]
+def draw_units(key: bytes, number: int, units: int, rate: float) -> list[int]:
+    """Draw from the units for step `number`: each by itself with probability `rate` (Poisson sampling)."""
+    return [int(unit) for unit in np.flatnonzero(uniform(key, Purpose.SAMPLE, number, units) < rate)]

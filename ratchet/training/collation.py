@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import torch
 
 from ratchet.models.generation import Inputs, no_inputs
 from ratchet.privacy.accountant import Mechanism
-from ratchet.privacy.noise import draw_rows
+from ratchet.privacy.noise import draw_units
 from ratchet.training.packing import (
     FOLLOWS,
     IGNORED,
@@ -143,18 +144,18 @@ def make_batches(
 class Private(NamedTuple):
     """What a training with differential privacy adds: its mechanism, the clipping norm, and the secret key.
 
-    `rows` is the number of rows that steps draw from.
+    `units` are what is drawn and clipped as one: single rows, or all rows of a user.
     """
 
     mechanism: Mechanism
     max_grad_norm: float
     key: bytes
-    rows: int
+    units: Sequence[list[Window]]
 
     @property
-    def rows_a_step(self) -> float:
-        """The mean number of rows of a step; the true number would tell whether a row was there."""
-        return self.mechanism.sampling_rate * self.rows
+    def units_a_step(self) -> float:
+        """The mean number of units of a step; the true number would tell whether one was there."""
+        return self.mechanism.sampling_rate * len(self.units)
 
 
 def draw_batches(
@@ -162,17 +163,23 @@ def draw_batches(
 ) -> Batches:
     """Replace the training items by the numbers of the steps, whose rows are drawn as they are collated.
 
-    A step's batch is its number, and forward passes of rows of similar length.
+    A step's batch is its number, and forward passes of rows of similar length, each with the numbers of the
+    units of its rows; a unit is in one pass.
     """
-    rows = rows_apart(windows)
-    assert len(rows) == private.rows, f"{len(rows)} rows, accounted for {private.rows}"
+    units = private.units
     room = schedule.batch_windows * max(len(window.input_ids) for window in windows)  # tokens
 
     def collate(items: Sequence[Any]) -> dict[str, Any]:
         if not isinstance(items[0], int):
             return batches.collate(items)  # validation
-        drawn = draw_rows(private.key, items[0], len(rows), private.mechanism.sampling_rate)
-        passes = [batches.collate([group]) for group in by_length([[rows[row]] for row in drawn], room)]
+        drawn = draw_units(private.key, items[0], len(units), private.mechanism.sampling_rate)
+        unit_of = {id(row): unit for unit in drawn for row in units[unit]}
+        passes = []
+        for group in by_length([units[unit] for unit in drawn], room):
+            owners = [unit_of[id(row)] for row in group]
+            numbers = {unit: number for number, unit in enumerate(dict.fromkeys(owners))}
+            members = torch.tensor([numbers[unit] for unit in owners])  # (rows,)
+            passes.append((batches.collate([group]), members))
         return {"number": items[0], "passes": passes}
 
     return batches._replace(train=list(range(schedule.steps)), items=1, collate=collate)
@@ -181,6 +188,22 @@ def draw_batches(
 def rows_apart(windows: Sequence[Window]) -> list[Window]:
     """Return the rows of all windows, one by one."""
     return [row for window in windows for row in rows_of(window)]
+
+
+def by_user(rows: Sequence[Window], most: int) -> list[list[Window]]:
+    """Return the rows of each user, `most` of them at most.
+
+    Which ones depends on these rows alone: other users' must not change what is computed of a user.
+    """
+    users: dict[int, list[Window]] = {}
+    for row in rows:
+        (owner,) = row.owners
+        users.setdefault(owner, []).append(row)
+    return [sorted(owned, key=_digest)[:most] for owned in users.values()]
+
+
+def _digest(row: Window) -> bytes:
+    return hashlib.sha256(repr(row.input_ids).encode()).digest()
 
 
 def count_batches(windows: Sequence[Window], batch_windows: int, *, apart: bool | None = None) -> int:

@@ -301,13 +301,13 @@ class _PrivateTrainer(_Trainer):
         model.eval()
         found = [torch.zeros(0, device=self.args.device)]
         passes: Any = self._prepare_inputs(inputs["passes"])
-        for batch in passes:
-            found.append(self._gradients.add(partial(self._row_losses, model, batch), len(batch["labels"])))
+        for batch, units in passes:
+            found.append(self._gradients.add(partial(self._row_losses, model, batch), units))
         self._gradients.release(
             self._private.key,
             inputs["number"],
             noise_multiplier=self._private.mechanism.noise_multiplier,
-            divisor=self._private.rows_a_step,
+            divisor=self._private.units_a_step,
         )
         losses = torch.cat(found)
         return losses.mean() if len(losses) else losses.new_zeros(())

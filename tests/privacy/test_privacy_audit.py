@@ -81,7 +81,7 @@ def promise(**changes: float) -> Promise:
         mechanism=Mechanism(1.0, 0.1, 20),
         delta=1e-5,
         unit="row",
-        rows=900,
+        units=900,
         batches=["may"],
         max_grad_norm=1.0,
         **values,

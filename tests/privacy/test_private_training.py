@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from safetensors.torch import load_file
 
 from ratchet.config.params import Config
 from ratchet.config.training import AdapterConfig
+from ratchet.data.examples import encode_line, read_examples
 from ratchet.errors import BaseModelError, DataError
-from ratchet.files import read_json, write_json
+from ratchet.files import read_json, write_bytes, write_json
 from ratchet.models.adapters import load_trainable
 from ratchet.privacy.accountant import Mechanism
 from ratchet.privacy.ledger import read_spendings
@@ -24,6 +26,7 @@ from ratchet.training.packing import Window, read_windows
 from ratchet.training.schedule import Schedule
 from ratchet.training.state import trainable
 from ratchet.training.trainer import fit
+from tasks.tokenize import tokenize
 from tasks.train import train
 
 KEY = bytes(range(32))
@@ -79,6 +82,7 @@ def go(
 
     model = load_trainable(base, None, config, seed=1)
     schedule = SCHEDULE._replace(**settings)
+    units = [[row] for row in rows_apart(windows)]
     outcome = fit(
         model,
         windows,
@@ -90,7 +94,7 @@ def go(
         apart=True,
         checkpoints=checkpoints,
         saved=checkpoints.newest(lambda points: None) if checkpoints else None,
-        private=Private(Mechanism(noise, rate, schedule.steps), 1.0, key, len(rows_apart(windows))),
+        private=Private(Mechanism(noise, rate, schedule.steps), 1.0, key, units),
     )
     return {name: weight.clone() for name, weight in trainable(model).items()}, outcome, curve
 
@@ -133,7 +137,7 @@ def test_without_noise_and_clipping_every_row_a_step_is_plain_full_batch_descent
 ) -> None:
     """The oracle: SGD on the mean of the rows' mean losses, in plain torch."""
     rows = rows_apart(windows)
-    private = Private(Mechanism(0.0, 1.0, 3), 1e9, KEY, len(rows))
+    private = Private(Mechanism(0.0, 1.0, 3), 1e9, KEY, [[row] for row in rows])
     model = load_trainable(tiny_base, None, LORA, seed=1)
     schedule = SCHEDULE._replace(steps=3, optimizer="sgd", weight_decay=0.0, learning_rate=0.5)
     fit(model, windows, [], schedule, loss=AnswerLoss(), pad_id=0, report=lambda *_: None, private=private)
@@ -180,7 +184,7 @@ def test_the_manifest_says_what_is_promised_and_the_ledger_what_was_spent(
     assert told["moved"] > 0
     assert 2.9 < told["epsilon_together"] <= 3.0
     rows = rows_apart(read_windows(tokens / "train.arrow"))
-    assert told["rows"] == len(rows)
+    assert told["units"] == len(rows)
     assert told["mechanism"]["sampling_rate"] == pytest.approx(100 / len(rows))
     (entry,) = read_spendings(trained / "reports/privacy.json")
     assert entry.adapter_sha256 == manifest["adapter_sha256"]
@@ -205,6 +209,26 @@ def test_a_training_over_the_budget_is_refused_before_it_starts(
     told = read_json(place[0] / "manifest.json")["privacy"]
     assert 3.0 < told["epsilon_together"] < 6.0
     assert len(read_spendings(ledger)) == 2
+
+
+def test_users_are_protected_whole(
+    tmp_path: Path, prepared: Path, tiny_base: Path, nobody: Path, tiny_config: Config
+) -> None:
+    """Rows 0, 7, 14 … are of one user; the last rows of all name nobody and are users by themselves."""
+    folder, config = tmp_path / "prepared", private(tiny_config, unit="user", user_rows=5)
+    shutil.copytree(prepared, folder)
+    rows = list(read_examples(folder / "train.jsonl"))
+    for place, row in enumerate(rows[:-20]):
+        row.meta["user"] = f"user {place % 7}"
+    write_bytes(folder / "train.jsonl", map(encode_line, rows))
+    tokenize(folder, tiny_base, nobody, tmp_path / "tokens", config)
+    place = (tmp_path / "candidate", tmp_path / "reports/train")
+    train(tmp_path / "tokens", tiny_base, nobody, *place, config)
+    told = read_json(place[0] / "manifest.json")["privacy"]
+    assert (told["unit"], told["units"]) == ("user", 7 + 20)
+    with pytest.raises(DataError, match=r"none of \d+ rows names one"):
+        tokenize(prepared, tiny_base, nobody, tmp_path / "plain", config)
+        train(tmp_path / "plain", tiny_base, nobody, tmp_path / "c", tmp_path / "t", config)
 
 
 def test_no_two_trainings_have_the_same_noise(

@@ -18,8 +18,8 @@ from ratchet.models.cache import logits_at
 from ratchet.models.loading import load_base
 from ratchet.privacy.accountant import Mechanism
 from ratchet.privacy.gradients import RowGradients
-from ratchet.privacy.noise import KEY_FILE, Purpose, draw_rows, keep_key, normal, uniform
-from ratchet.training.collation import Private, RowCollator, draw_batches, make_batches, rows_apart
+from ratchet.privacy.noise import KEY_FILE, Purpose, draw_units, keep_key, normal, uniform
+from ratchet.training.collation import Private, RowCollator, by_user, draw_batches, make_batches, rows_apart
 from ratchet.training.loss import AnswerLoss
 from ratchet.training.packing import IGNORED, Window, read_windows
 from ratchet.training.schedule import Schedule
@@ -108,7 +108,7 @@ def test_the_clipped_sum_equals_a_loop_over_rows(model: Any, rows: list[Window],
     for part in range(groups):
         group = chosen[part::groups]
         batch = RowCollator(0)([group])
-        gradients.add(partial(losses, model, batch), len(group))
+        gradients.add(partial(losses, model, batch), torch.arange(len(group)))
     assert gradients.clipped == 4
     wanted = brute_force(model, chosen, norm)
     assert {f"{name}.weight" for name in gradients.sums} == set(wanted)
@@ -116,12 +116,50 @@ def test_the_clipped_sum_equals_a_loop_over_rows(model: Any, rows: list[Window],
         assert torch.allclose(found.double(), wanted[f"{name}.weight"], atol=1e-6, rtol=0), name
 
 
+def test_the_rows_of_a_user_are_clipped_as_one(model: Any, rows: list[Window]) -> None:
+    """A unit's gradient is that of its rows' mean loss: the mean of theirs, clipped once."""
+    users = [rows[:3], rows[3:4], rows[4:6]]
+    batch = RowCollator(0)([[row for user in users for row in user]])
+    norm = 0.7 * float(np.median(lengths_of(model, rows[:6])))
+    gradients = RowGradients(model, norm)
+    gradients.add(partial(losses, model, batch), torch.tensor([0, 0, 0, 1, 2, 2]))
+    wanted: dict[str, torch.Tensor] = {}
+    for user in users:
+        mean = {name: part / len(user) for name, part in brute_force(model, user, 1e9).items()}
+        length = float(sum(part.square().sum() for part in mean.values()) ** 0.5)
+        for name, part in mean.items():
+            wanted[name] = wanted.get(name, torch.zeros_like(part)) + min(1.0, norm / length) * part
+    assert gradients.seen == 3
+    for name, found in gradients.sums.items():
+        assert torch.allclose(found.double(), wanted[f"{name}.weight"], atol=1e-6, rtol=0), name
+
+
+def test_a_users_rows_are_drawn_together_in_one_pass(windows: list[Window]) -> None:
+    owned = [window._replace(owners=[0] * window.position_ids.count(0)) for window in windows]
+    rows = [row._replace(owners=[place // 3]) for place, row in enumerate(rows_apart(owned))]
+    users = by_user(rows, 2)
+    assert {len(user) for user in users[:-1]} == {2}, "the third row of each is left out"
+    private = Private(Mechanism(1.0, 0.4, 40), 1.0, KEY, users)
+    plain = make_batches(windows, [], 1, accumulate=1, pad_id=0, apart=True)
+    batches = draw_batches(plain, windows, private, SCHEDULE)
+    whole = {frozenset(tuple(row.input_ids) for row in user) for user in users}
+    for step in batches.train:
+        for part, units in batches.collate([step])["passes"]:
+            ids = [
+                tuple(row[mask.bool()].tolist())
+                for row, mask in zip(part["input_ids"], part["attention_mask"], strict=True)
+            ]
+            for unit in set(units.tolist()):
+                members = (units == unit).nonzero().flatten().tolist()
+                assert frozenset(ids[place] for place in members) in whole
+
+
 def test_one_row_changes_the_sum_by_no_more_than_the_norm(model: Any, rows: list[Window]) -> None:
     norm = 0.5 * min(lengths_of(model, rows[:6]))  # every row is clipped
 
     def sums(chosen: list[Window]) -> torch.Tensor:
         gradients = RowGradients(model, norm)
-        gradients.add(partial(losses, model, RowCollator(0)([chosen])), len(chosen))
+        gradients.add(partial(losses, model, RowCollator(0)([chosen])), torch.arange(len(chosen)))
         return torch.cat([part.flatten() for part in gradients.sums.values()])
 
     whole = sums(rows[:6])
@@ -134,7 +172,7 @@ def test_the_release_is_the_sum_and_noise_of_the_size_that_is_accounted_for(
     model: Any, rows: list[Window]
 ) -> None:
     gradients = RowGradients(model, 0.5)
-    gradients.add(partial(losses, model, RowCollator(0)([rows[:4]])), 4)
+    gradients.add(partial(losses, model, RowCollator(0)([rows[:4]])), torch.arange(4))
     sums = {name: part.clone() for name, part in gradients.sums.items()}
     gradients.release(KEY, 3, noise_multiplier=2.0, divisor=8.0)
     layers = dict(model.named_modules())
@@ -161,7 +199,7 @@ def test_weights_without_gradients_by_row_are_refused(
     with pytest.raises(ConfigError, match=r"no matrix of a linear layer|cannot be told apart by row"):
         gradients = RowGradients(other.eval(), 1.0)
         batch = RowCollator(0)([[Window([1, 2, 3], [IGNORED, 2, 3], [0, 1, 2])] * 2])
-        gradients.add(partial(losses, other, batch), 2)
+        gradients.add(partial(losses, other, batch), torch.arange(2))
 
 
 # --- which rows, which noise ---
@@ -171,7 +209,7 @@ def test_a_step_draws_each_row_by_itself_and_computes_it_apart(
     windows: list[Window], rows: list[Window]
 ) -> None:
     assert any(window.position_ids.count(0) > 1 for window in windows), "windows hold several rows"
-    private = Private(Mechanism(1.0, 0.3, 40), 1.0, KEY, len(rows))
+    private = Private(Mechanism(1.0, 0.3, 40), 1.0, KEY, [[row] for row in rows])
     plain = make_batches(windows, [], 2, accumulate=1, pad_id=0, apart=True)
     batches = draw_batches(plain, windows, private, SCHEDULE)
     assert len(batches.train) == 40
@@ -180,8 +218,9 @@ def test_a_step_draws_each_row_by_itself_and_computes_it_apart(
     seen = np.zeros((40, len(rows)), dtype=int)
     for step in batches.train:
         batch = batches.collate([step])
-        for part in batch["passes"]:
+        for part, units in batch["passes"]:
             assert "position_ids" not in part
+            assert units.tolist() == list(range(len(part["labels"])))
             for ids, mask in zip(part["input_ids"], part["attention_mask"], strict=True):
                 seen[step, known[tuple(ids[mask.bool()].tolist())]] += 1
     assert seen.max() == 1
@@ -191,10 +230,10 @@ def test_a_step_draws_each_row_by_itself_and_computes_it_apart(
 
 
 def test_samples_and_noise_come_from_the_key_alone() -> None:
-    assert draw_rows(KEY, 5, 500, 0.1) == draw_rows(KEY, 5, 500, 0.1)
-    assert draw_rows(KEY, 5, 500, 0.1) != draw_rows(KEY, 6, 500, 0.1)
-    assert draw_rows(KEY, 5, 500, 0.1) != draw_rows(OTHER, 5, 500, 0.1)
-    assert draw_rows(KEY, 5, 500, 1.0) == list(range(500))
+    assert draw_units(KEY, 5, 500, 0.1) == draw_units(KEY, 5, 500, 0.1)
+    assert draw_units(KEY, 5, 500, 0.1) != draw_units(KEY, 6, 500, 0.1)
+    assert draw_units(KEY, 5, 500, 0.1) != draw_units(OTHER, 5, 500, 0.1)
+    assert draw_units(KEY, 5, 500, 1.0) == list(range(500))
     assert not np.array_equal(uniform(KEY, Purpose.SAMPLE, 1, 9), uniform(KEY, Purpose.NOISE, 1, 9))
     assert not np.array_equal(normal(KEY, 1, 9), normal(KEY, 1, 9, part=1))
 
