@@ -200,7 +200,8 @@ class Training:
         self._spends = Spends(mechanism, units, most)
         say(
             f"train: private by {privacy.unit}: ε = {privacy.epsilon:g}, δ = {privacy.delta:g} "
-            f"({mechanism.told}); with earlier trainings ε = {most:.3g} of {privacy.most:g} for the rows that have spent most"
+            f"({mechanism.told}); with earlier trainings ε = {most:.3g} of {privacy.most:g} for those that "
+            "have spent most"
         )
 
     def checkpoints(self, *, curve: Callable[[], Points]) -> Checkpoints:
