@@ -30,6 +30,7 @@ from ratchet.training.launch import (
     PARAMS,
     Material,
     read_figures,
+    refuse_private,
     require_success,
     run_module,
     run_training,
@@ -46,6 +47,7 @@ def compare(home: Path, config: Config, methods: list[str], say: Say) -> Compari
 
     Raises UserError, ConfigError, StageError.
     """
+    refuse_private(config, "compare")
     plans = {method: settings_of(config, method) for method in dict.fromkeys(methods)}
     for changes in plans.values():
         with_changes(config, changes)

@@ -42,7 +42,7 @@ from ratchet.reporting.retention import SAVED, build, numbers_of, registered_num
 from ratchet.tracking.mlflow import find_outage
 from ratchet.tracking.registry import CHALLENGER, Version, set_alias
 from tasks.erase import inherit
-from tasks.pin import READERS, TRAINING, needs_pin, pin, pin_looks
+from tasks.pin import READERS, TRAINING, needs_pin, pin, pin_looks, pin_privacy
 from tasks.promote import alias_is_pending, check_registry, follow_alias, promote
 from tasks.record import (
     Findings,
@@ -125,6 +125,8 @@ def go_round(
                 ran[stage] = stage_task.with_options(task_run_name=stage)(workspace, stage, needed=needed)
             if stage == "prepare" and ran[stage]:
                 ask_people(workspace, config)
+            if stage == "train" and ran[stage]:
+                pin_privacy(workspace)
     except BaseException:  # drift's budget and cool-down count failed runs too
         remember(home, reason=reason, seconds=time.monotonic() - began, run_key="", verdict="failed")
         raise

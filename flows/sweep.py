@@ -23,7 +23,7 @@ from ratchet.errors import RatchetError, ServiceError, StageError
 from ratchet.pipeline.checkout import locked
 from ratchet.pipeline.dvc import Workspace
 from ratchet.pipeline.stage import project_root
-from ratchet.training.launch import Material
+from ratchet.training.launch import Material, refuse_private
 from ratchet.training.search_space import Changes, check_space, rows_key
 from ratchet.training.trials import close_study, deliver
 from tasks.sweep import Search, check_storage, propose
@@ -54,6 +54,7 @@ def sweep(root: str | None = None, trials: int | None = None, apply: bool = Fals
     config = load_config(home / "params.yaml")
     if trials:
         config = config.model_copy(update={"sweep": config.sweep.model_copy(update={"trials": trials})})
+    refuse_private(config, "sweep")
     check_space(config)
     check_storage(home, config)
     with locked(home, "sweep", wait=False), open_bench(home, "sweep", say) as workspace:

@@ -20,6 +20,7 @@ from ratchet.config.data import PrepareConfig
 from ratchet.data.batches import Batch, Reverted, check_batch, raw_lines, read_manifest, take_back
 from ratchet.data.erasure import GOLDEN, Entry, Forgotten
 from ratchet.data.examples import (
+    PEOPLE,
     RawRow,
     RowError,
     has_mark_run,
@@ -33,7 +34,6 @@ from ratchet.tracking.registry import Version, list_versions, set_tag
 
 TAG, REVERTED_TAG = "forget", "reverted"
 SHOWN = 5  # batches that a message names
-PEOPLE = ("user", "asked_by", "taught_by")  # keys of a row, or of its `meta`, that name a person
 ROLES = frozenset({"system", "user", "assistant", "human", "gpt"})  # roles of turns, not searched
 
 

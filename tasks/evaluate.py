@@ -30,7 +30,7 @@ from ratchet.audits.bias import Pair, describe_bias, make_pairs, read_swaps
 from ratchet.audits.blind import Blind, blind_table, make_blind
 from ratchet.audits.fairness import describe_groups, group_columns, require_fairlearn
 from ratchet.audits.judge import judge_answers, read_agreement
-from ratchet.audits.memorization import describe_exposure, measure_exposure
+from ratchet.audits.memorization import describe_exposure, measure_exposure, measure_losses
 from ratchet.audits.robustness import attack_table, describe_attacks
 from ratchet.audits.suites import TaskConfig, check_measurable, describe_suites, read_suites, run_suites
 from ratchet.config.base import PREFERENCE
@@ -43,7 +43,7 @@ from ratchet.errors import DataError
 from ratchet.evaluation.answer_cache import FOLDER as CACHE
 from ratchet.evaluation.answer_cache import forget_oldest
 from ratchet.evaluation.baseline import simple_answers
-from ratchet.evaluation.canaries import make_canaries, make_references
+from ratchet.evaluation.canaries import make_audit_canaries, make_canaries, make_references
 from ratchet.evaluation.custom_metrics import Custom, custom_score, load_custom
 from ratchet.evaluation.metrics import are_labels, macro_f1
 from ratchet.evaluation.paired import SEEN_SHARE
@@ -189,8 +189,7 @@ def _prefer(table: pd.DataFrame) -> pd.Series:
 def _check_extras(incumbent: Path, candidate: Path, own: Path, config: Config) -> dict[str, TaskConfig]:
     """Return the suites to run, after checking before any model answers what the audits need."""
     require_fairlearn(config.evaluate.groups)
-    if config.evaluate.canaries:
-        _check_planted(candidate, config)
+    _check_planted(candidate, config)
     suites = read_suites(own, config.evaluate.suites)
     for folder in (candidate, incumbent) if suites else ():
         check_measurable(folder)
@@ -274,13 +273,14 @@ def _attacks(
 
 
 def _check_planted(candidate: Path, config: Config) -> None:
-    planted = read_json(candidate / MANIFEST).get("canaries", 0)
-    if planted != config.evaluate.canaries:
-        raise DataError(
-            f"the candidate was trained with {planted} planted canaries, `evaluate.canaries` is"
-            f" {config.evaluate.canaries}",
-            remedy="dvc repro tokenize train, or ratchet retrain --force",
-        )
+    manifest = read_json(candidate / MANIFEST)
+    for key in ("canaries", "audit_canaries"):
+        planted, wanted, kind = manifest.get(key, 0), getattr(config.evaluate, key), key.replace("_", " ")
+        if wanted and planted != wanted:
+            raise DataError(
+                f"the candidate was trained with {planted} planted {kind}, `evaluate.{key}` is {wanted}",
+                remedy="dvc repro tokenize train, or ratchet retrain --force",
+            )
 
 
 def _measure(
@@ -289,29 +289,37 @@ def _measure(
     """Measure the canaries and suites that are asked for on each model; return (tables, fields of Metrics).
 
     The table `canaries` has one line per canary and model, for the planted canaries and for as many that were
-    never in the data. The table `suites` has one line per document and model.
+    never in the data. The table `audit` has one line per canary of the audit and model, `suites` one per
+    document and model.
     """
     count, size = config.evaluate.canaries, config.evaluate.batch_size
     canaries = [*make_canaries(count), *make_references(count)]
-    exposed, scored = [], []
-    for name, model, chat in each_model(base, incumbent, candidate) if count or suites else ():
+    coins = make_audit_canaries(config.evaluate.audit_canaries)
+    exposed, audited, scored = [], [], []
+    for name, model, chat in each_model(base, incumbent, candidate) if count or coins or suites else ():
         if count:
             lines = pd.DataFrame(measure_exposure(model, chat, canaries, batch_size=size))
             exposed.append(
                 lines.assign(model=name, planted=[place < count for place in range(len(canaries))])
             )
+        if coins:
+            losses = measure_losses(model, chat, [canary for canary, _ in coins], batch_size=size)
+            lines = pd.DataFrame({"name": [canary.name for canary, _ in coins], "nll": losses})
+            audited.append(lines.assign(model=name, planted=[planted for _, planted in coins]))
         if suites:
             scored.append(
                 pd.DataFrame(run_suites(model, chat.tokenizer, suites, batch_size=size)).assign(model=name)
             )
     found = {
         name: pd.concat(frames, ignore_index=True)
-        for name, frames in (("canaries", exposed), ("suites", scored))
+        for name, frames in (("canaries", exposed), ("audit", audited), ("suites", scored))
         if frames
     }
     figures: dict[str, object] = {}
     if count:
         figures = {"canaries": count, "leaks": describe_exposure(found["canaries"])}
+    if coins:
+        figures["audit_canaries"] = len(coins)
     if suites:
         figures["suites"] = describe_suites(found["suites"], suites)
     return found, figures

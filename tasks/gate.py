@@ -18,18 +18,19 @@ from ratchet.config.evaluation import GateConfig, ParityConfig
 from ratchet.config.params import Config
 from ratchet.data.examples import read_examples
 from ratchet.errors import RatchetError
-from ratchet.evaluation.report import read_metrics
+from ratchet.evaluation.report import Metrics, read_metrics
 from ratchet.files import read_json, write_json
 from ratchet.gate.alpha_budget import look_number, read_looks
 from ratchet.gate.decision import Evidence, Oldest, decide, judge_audits
 from ratchet.gate.guardrails import judge_parity
 from ratchet.gate.payoff import training_seconds
+from ratchet.gate.privacy import judge_privacy
 from ratchet.gate.tables import check_rows, read_scores, read_table
 from ratchet.models.adapters import PREFIXED
 from ratchet.models.loading import MANIFEST
 from ratchet.models.manifests import read_trained_manifest
 from ratchet.pipeline.stage import run_stage, say
-from ratchet.promotion.verdict import Candidate, Rival, Speed, Verdict
+from ratchet.promotion.verdict import Candidate, Check, Rival, Speed, Verdict
 
 
 def judge(
@@ -78,7 +79,10 @@ def judge(
         candidate=Candidate(run_key, adapter, together.told if together else ""),
         look=look_number(read_looks(looks), version, run_key),
         oldest=None if oldest is None else Oldest(oldest, read_table(incumbent / "oldest.parquet")),
-        audits=judge_audits(evaluation, evaluated, scores, rival.model, config),
+        audits=[
+            *judge_audits(evaluation, evaluated, scores, rival.model, config),
+            *_judge_privacy(evaluation, evaluated, candidate, config),
+        ],
         parity=judge_parity(
             parity, adapter, parity_asked, merges=manifest.get("adapter", {}).get("method") not in PREFIXED
         ),
@@ -88,6 +92,15 @@ def judge(
     verdict = decide(evidence, config)
     write_json(out, msgspec.to_builtins(verdict))
     return verdict
+
+
+def _judge_privacy(evaluation: Path, evaluated: Metrics, candidate: Path, config: GateConfig) -> list[Check]:
+    promise = read_trained_manifest(candidate).privacy
+    if promise is None:
+        return []
+    wanted = evaluated.audit_canaries or 0
+    audited = read_table(evaluation / "audit.parquet") if wanted else None
+    return [judge_privacy(promise, audited, wanted, config)]
 
 
 def _train_seconds(training: Path | None, run_key: str, config: GateConfig) -> float | None:

@@ -18,13 +18,16 @@ from ratchet.files import read_json, whole_folder, write_json
 from ratchet.gate.alpha_budget import FILE as LOOKS
 from ratchet.gate.alpha_budget import read_looks, with_verdict
 from ratchet.models.loading import MANIFEST, adapter_sha256
+from ratchet.models.manifests import read_trained_manifest
 from ratchet.pipeline.dvc import Workspace
 from ratchet.pipeline.workspace import get_output
+from ratchet.privacy.ledger import FILE as LEDGER
+from ratchet.privacy.ledger import Spending, add_spending
 from ratchet.promotion.champion import Champion, read_champion, read_ledger
 from ratchet.promotion.verdict import read_verdict
 from ratchet.serving.bundle import base_hash
 
-INCUMBENT = Path("models/incumbent")
+INCUMBENT, CANDIDATE = Path("models/incumbent"), Path("models/candidate")
 OLDEST = "oldest.parquet"
 READERS = {"tokenize", "train", "evaluate", "gate"}  # stages that read models/incumbent
 TRAINING = {"base", "prepare", "tokenize", "train"}  # if one of them is stale, there is something to train
@@ -113,6 +116,18 @@ def pin_looks(workspace: Workspace) -> bool:
         return False
     write_json(path, {"judged": judged})
     return True
+
+
+def pin_privacy(workspace: Workspace) -> bool:
+    """Count what the candidate's training has spent of its rows' privacy, and return whether it was new.
+
+    The training has done so itself, unless DVC took its candidate from the cache of earlier runs.
+    """
+    promise = read_trained_manifest(workspace.path / CANDIDATE).privacy
+    if promise is None:
+        return False
+    fields = {name: getattr(promise, name) for name in Spending.__struct_fields__}
+    return add_spending(workspace.path / LEDGER, Spending(**fields))
 
 
 def _fetch(workspace: Workspace, champion: Champion, folder: Path) -> None:

@@ -130,6 +130,8 @@ def register(found: Findings, config: Config, *, run_id: str, commit: str) -> Ve
     }
     if manifest.federation:
         facts["trained by"] = manifest.federation.told
+    if manifest.privacy:
+        facts["privacy"] = manifest.privacy.told
     tags = {
         KEY_TAG: manifest.run_key,
         "verdict": decision.verdict,

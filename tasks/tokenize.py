@@ -15,17 +15,17 @@ import argparse
 import shutil
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
 from ratchet.config.params import Config
-from ratchet.data.examples import Example, count_reasoned, encode_line, read_examples
+from ratchet.data.examples import PEOPLE, Example, Meta, count_reasoned, encode_line, read_examples
 from ratchet.data.mixture import Paired, mix_rows, pair_up, read_undesirable
 from ratchet.errors import DataError, MediaError, UserError
-from ratchet.evaluation.canaries import make_canaries
+from ratchet.evaluation.canaries import make_audit_canaries, make_canaries
 from ratchet.files import read_json, sha256_file, whole_folder, write_bytes, write_json
 from ratchet.media.store import FOLDER as MEDIA
 from ratchet.media.store import MediaStore
@@ -77,6 +77,7 @@ class TokenProfile(msgspec.Struct, frozen=True, kw_only=True):
     batches: list[str]
     sha256: dict[str, str]  # split → hash of its file of windows
     canaries: int | msgspec.UnsetType = msgspec.UNSET
+    audit_canaries: int | msgspec.UnsetType = msgspec.UNSET  # about half of them are planted
     preferences: PreferenceFigures | msgspec.UnsetType = msgspec.UNSET
     reasoned: int | msgspec.UnsetType = msgspec.UNSET  # training rows with reasoning
     reasoning: str | msgspec.UnsetType = msgspec.UNSET  # what the training does with it
@@ -138,7 +139,9 @@ def tokenize(prepared: Path, base: Path, incumbent: Path, out: Path, config: Con
             remedy="leave it out of data/golden.jsonl; every golden row has to be asked",
         )
     lengths = {split: [row.length for row in rows] for split, rows in splits.items()}
-    planted = [chat.encode(canary.row()) for canary in make_canaries(config.evaluate.canaries)]
+    audited = make_audit_canaries(config.evaluate.audit_canaries)
+    canaries = [*make_canaries(config.evaluate.canaries), *(one for one, planted in audited if planted)]
+    planted = [chat.encode(canary.row()) for canary in canaries]
     whole = [*lengths["golden"], *(len(row.ids) for row in planted)]
     limits = choose_limits(lengths["train"], whole, context, config.tokenize)
     check_whole("golden rows", lengths["golden"], limits.max_length, context)
@@ -172,15 +175,14 @@ def tokenize(prepared: Path, base: Path, incumbent: Path, out: Path, config: Con
     preferences = _count_preferences(fitting["train"], paired, config) if compares else msgspec.UNSET
     with whole_folder(out) as folder:
         for split, more in (("train", planted), ("validation", [])):
-            windows = _pack(fitting[split], more, limits, config)
+            windows = _pack(fitting[split], more, limits, config, owners=split == "train")
             write_windows(folder / f"{split}.arrow", windows)
             shown |= {name for window in windows for name in window.media}
             figures[split] = _describe([row.example for row in fitting[split]], windows, seen)
         _copy_shards(prepared / MEDIA, folder / MEDIA, shown)
         write_bytes(folder / "rejected.jsonl", map(encode_line, rejected))
         write_bytes(folder / "rows.txt", (f"{example.id}\n".encode() for example in mixture.rows))
-        if config.evaluate.canaries:
-            canaries = make_canaries(config.evaluate.canaries)
+        if canaries:
             write_bytes(folder / "canaries.jsonl", (encode_line(canary.row()) for canary in canaries))
         profile = TokenProfile(
             max_length=limits.max_length,
@@ -192,6 +194,7 @@ def tokenize(prepared: Path, base: Path, incumbent: Path, out: Path, config: Con
             batches=sorted({str(example.meta["batch"]) for example in mixture.rows}),
             sha256={split: sha256_file(folder / f"{split}.arrow") for split in figures},
             canaries=config.evaluate.canaries or msgspec.UNSET,
+            audit_canaries=config.evaluate.audit_canaries or msgspec.UNSET,
             preferences=preferences,
             reasoned=(reasoned := count_reasoned(mixture.rows)) or msgspec.UNSET,
             reasoning=chat.told_reasoning if reasoned else msgspec.UNSET,
@@ -266,9 +269,12 @@ def _count_preferences(rows: list[Measured], paired: Paired, config: Config) -> 
     return PreferenceFigures(0, 0, len(rows) - bad, bad + worse, 0)
 
 
-def _pack(rows: list[Measured], planted: list[Encoded], limits: Limits, config: Config) -> list[Window]:
+def _pack(
+    rows: list[Measured], planted: list[Encoded], limits: Limits, config: Config, *, owners: bool
+) -> list[Window]:
     if config.train.objective == "sft":
-        return pack([*(row.tokens for row in rows), *planted], limits.window)
+        numbers = _number_users([row.example.meta for row in rows], len(planted)) if owners else []
+        return pack([*(row.tokens for row in rows), *planted], limits.window, numbers)
     if config.train.objective == "dpo":
         units = [
             Unit([row.tokens, row.worse], [Role.CHOSEN, Role.REJECTED])
@@ -279,6 +285,19 @@ def _pack(rows: list[Measured], planted: list[Encoded], limits: Limits, config: 
     else:
         units = _judged_units(rows, limits.max_length)
     return pack_units([*units, *(Unit([row], [Role.PLAIN]) for row in planted)], limits.window)
+
+
+def _number_users(metas: Sequence[Meta], more: int) -> list[int]:
+    """Return a number for the user of each row, and others for `more` rows; none if no row names a user.
+
+    A row that names nobody has a number of its own, as if it were a user's only one.
+    """
+    named = [next((f"user {meta[key]}" for key in PEOPLE if meta.get(key)), "") for meta in metas]
+    if not any(named):
+        return []
+    names = [name or f"row {place}" for place, name in enumerate([*named, *[""] * more])]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return [numbers[name] for name in names]
 
 
 def _judged_units(rows: list[Measured], longest: int) -> list[Unit]:

@@ -5,13 +5,15 @@ weights.
         --out models/candidate --reports reports/train
 
 Writes the adapter, or for `full` the whole model (safetensors), tokenizer, chat template and manifest.json to
---out, and the curve and the figures to --reports. Checkpoints go to .ratchet/checkpoints of RATCHET_ROOT (the
-checkout) or of the working directory; the same command resumes from the newest one.
+--out, and the curve and the figures to --reports. With `train.privacy` the ledger of what trainings have
+spent, privacy.json beside --reports, is read first and written last. Checkpoints go to .ratchet/checkpoints
+of RATCHET_ROOT (the checkout) or of the working directory; the same command resumes from the newest one.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import resource
 import sys
@@ -20,8 +22,10 @@ from contextlib import closing, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import msgspec
+
 from ratchet.config.params import Config
-from ratchet.errors import BaseModelError
+from ratchet.errors import BaseModelError, DataError
 from ratchet.files import read_json, require_space, sha256_json, whole_folder, write_json
 from ratchet.media.store import FOLDER as MEDIA
 from ratchet.media.store import MediaStore
@@ -33,6 +37,7 @@ from ratchet.models.adapters import (
     complete_version,
     freeze_factor,
     load_trainable,
+    moved,
     save_trained,
     versions,
 )
@@ -47,6 +52,9 @@ from ratchet.models.loading import (
 from ratchet.models.manifests import read_base_manifest
 from ratchet.pipeline.dag import stage_key
 from ratchet.pipeline.stage import project_root, run_stage, say
+from ratchet.privacy.accountant import Mechanism, noise_for
+from ratchet.privacy.ledger import FILE as LEDGER
+from ratchet.privacy.ledger import Promise, Spending, add_spending, check_budget, read_spendings
 from ratchet.tracking.curve import History, LiveCopy, read_history
 from ratchet.training.distributed import (
     become_torchrun,
@@ -65,6 +73,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ratchet.training.checkpoints import Checkpoints
+    from ratchet.training.collation import Private
+    from ratchet.training.packing import Window
 
 ROOM = 200 * 2**20  # bytes that must be free on the disk, beside the trained weights
 
@@ -77,6 +87,8 @@ def train(tokens: Path, base: Path, incumbent: Path, out: Path, reports: Path, c
     check_size(config.train.processes, world_size())
     require_space(out.parent, ROOM, "the candidate")
     training = Training(tokens, base, incumbent, out, config)
+    if config.train.privacy.epsilon:
+        training.make_private(reports.parent / LEDGER.name)
     if rank():
         # Only the first process prints and writes; the others compute, and read the same checkpoint.
         with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
@@ -92,7 +104,7 @@ def train(tokens: Path, base: Path, incumbent: Path, out: Path, reports: Path, c
             copy.start()
         checkpoints = training.checkpoints(curve=lambda: read_history(history.path))
         trained = training.optimise(_report(history), history.restore, checkpoints)
-        training.save(trained)
+        training.save(trained, reports.parent / LEDGER.name)
         _tell(trained.outcome)
         figures = training.figures(trained)
         write_json(report_folder / "figures.json", figures)
@@ -131,6 +143,14 @@ class Trained(NamedTuple):
     learned_tokens: int  # in one epoch
 
 
+class Spends(NamedTuple):
+    """What a private training is going to spend: `most` is the ε of its rows with earlier trainings."""
+
+    mechanism: Mechanism
+    units: list[list[Window]]  # the rows of each
+    most: float
+
+
 class Training:
     """One training, as each of its processes computes it.
 
@@ -148,6 +168,40 @@ class Training:
         self._start = _start_from(incumbent, config)
         self._inputs = _inputs(tokens, base, incumbent, self._start, config)
         self.run_key = sha256_json(self._inputs)[:32]
+        self._spends: Spends | None = None
+
+    def make_private(self, ledger: Path) -> None:
+        """Choose the noise for `train.privacy`, before anything is loaded.
+
+        Raises DataError if the rows' budget of ε in `ledger` does not suffice, or δ is too large for so few
+        rows; BaseModelError if the start has learned rows without privacy; ConfigError without Opacus.
+        """
+        privacy, train = self._config.train.privacy, self._config.train
+        assert privacy.epsilon
+        champion = read_json(self._incumbent / MANIFEST)
+        if self._start and "privacy" not in champion:
+            raise BaseModelError(
+                f"`train.privacy.epsilon` is {privacy.epsilon:g}, and v{champion['version']}, from which "
+                f"this training would start, has learned {len(champion['batches'])} batches without privacy: "
+                "no noise hides that now",
+                remedy="set `train.start_from: base`",
+            )
+        units = self._units()
+        if privacy.delta >= 1 / len(units):
+            raise DataError(
+                f"`train.privacy.delta` is {privacy.delta:g}, and there are {len(units)} {privacy.unit}s: a "
+                "training that publishes one of them whole would satisfy it",
+                remedy=f"set it under {1 / len(units):.1g}",
+            )
+        rate = min(1.0, privacy.batch_rows / sum(map(len, units)))
+        mechanism = noise_for(privacy.epsilon, privacy.delta, rate, max(1, math.ceil(train.epochs / rate)))
+        most = check_budget(read_spendings(ledger), mechanism, self._profile["batches"], privacy)
+        self._spends = Spends(mechanism, units, most)
+        say(
+            f"train: private by {privacy.unit}: ε = {privacy.epsilon:g}, δ = {privacy.delta:g} "
+            f"({mechanism.told}); with earlier trainings ε = {most:.3g} of {privacy.most:g} for those that "
+            "have spent most"
+        )
 
     def checkpoints(self, *, curve: Callable[[], Points]) -> Checkpoints:
         from ratchet.training.checkpoints import Checkpoints
@@ -183,6 +237,9 @@ class Training:
         num_batches = count_batches(windows, settings.batch_windows, apart=apart)
         computed, why = compute_dtype(settings.precision)
         schedule = _schedule(num_batches, computed, self._config)
+        private = self._private(checkpoints)
+        if private:
+            apart, schedule = True, _private_schedule(schedule, private, self._config)
         start = self._incumbent if self._start else None
         model = load_trainable(self._base, start, adapter, seed=settings.seed, in_parts=sharded)
         if settings.factors != "both":
@@ -217,14 +274,48 @@ class Training:
                 sharded=sharded,
                 checkpoints=checkpoints,
                 saved=saved,
+                private=private,
             )
+        epochs = outcome.steps * settings.accumulate / num_batches
         return Trained(
             model,
             whole(trainable(model)) if sharded else None,
             outcome,
             count,
-            epochs=outcome.steps * settings.accumulate / num_batches,
+            epochs=outcome.steps * private.mechanism.sampling_rate if private else epochs,
             learned_tokens=sum(label != IGNORED for window in windows for label in window.labels),
+        )
+
+    def _units(self) -> list[list[Window]]:
+        """Return the rows that are protected as one. Raises DataError for users of whom none is named."""
+        from ratchet.training.collation import by_user, rows_apart
+
+        privacy, rows = self._config.train.privacy, rows_apart(read_windows(self._tokens / "train.arrow"))
+        if privacy.unit == "row":
+            return [[row] for row in rows]
+        if not rows[0].owners:
+            raise DataError(
+                f"`train.privacy.unit` is user, and none of {len(rows)} rows names one",
+                remedy="give rows a column `user` and name it in `prepare.extra_keys`, or put it into `meta`",
+            )
+        users = by_user(rows, privacy.user_rows)
+        if left := len(rows) - sum(map(len, users)):
+            say(
+                f"train: {left} of {len(rows)} rows are left out: `train.privacy.user_rows` is "
+                f"{privacy.user_rows}"
+            )
+        return users
+
+    def _private(self, checkpoints: Checkpoints) -> Private | None:
+        if self._spends is None:
+            return None
+        from ratchet.training.collation import Private
+
+        return Private(
+            self._spends.mechanism,
+            self._config.train.privacy.max_grad_norm,
+            checkpoints.keep_key(),
+            self._spends.units,
         )
 
     def _load_loss(self, *, shown: bool) -> AnswerLoss | PreferenceLoss:
@@ -251,10 +342,11 @@ class Training:
             teacher, teacher_weight=settings.teacher_weight, temperature=settings.teacher_temperature
         )
 
-    def save(self, trained: Trained) -> None:
+    def save(self, trained: Trained, ledger: Path) -> None:
         """Write the candidate, its manifest last: the manifest's existence means that the folder is complete.
 
-        The manifest holds no time and no path, so that equal trainings give equal bytes.
+        The manifest holds no time and no path, so that equal trainings give equal bytes. What a training with
+        privacy has spent is in `ledger` before there is a candidate.
         """
         with whole_folder(self._out) as folder:
             save_trained(trained.model, self._base, folder, trained.weights)
@@ -267,7 +359,31 @@ class Training:
                 batches={*self._profile["batches"], *read_json(self._incumbent / MANIFEST)["batches"]},
                 profile=self._profile,
                 adapter=self._config.adapter,
+                more=self._spent(self._spends, folder, ledger) if self._spends else {},
             )
+
+    def _spent(self, spends: Spends, folder: Path, ledger: Path) -> dict[str, Any]:
+        """Add this training to the ledger; return the part of the manifest that says what it promises."""
+        privacy = self._config.train.privacy
+        assert privacy.epsilon
+        spending = Spending(
+            run_key=self.run_key,
+            adapter_sha256=adapter_sha256(folder),
+            mechanism=spends.mechanism,
+            epsilon=privacy.epsilon,
+            delta=privacy.delta,
+            unit=privacy.unit,
+            units=len(spends.units),
+            batches=self._profile["batches"],
+        )
+        add_spending(ledger, spending)
+        promise = Promise(
+            **msgspec.structs.asdict(spending),
+            max_grad_norm=privacy.max_grad_norm,
+            epsilon_together=spends.most,
+            moved=moved(self._incumbent if self._start else None, folder),
+        )
+        return {"privacy": msgspec.to_builtins(promise)}
 
     def figures(self, trained: Trained) -> Figures:
         """Return the training's figures; call this after `save`, so that the memory peak includes saving."""
@@ -362,6 +478,11 @@ def _schedule(num_batches: int, computed: str, config: Config) -> Schedule:
         liger=train.liger,
         compute=computed,
     )
+
+
+def _private_schedule(schedule: Schedule, private: Private, config: Config) -> Schedule:
+    steps = private.mechanism.steps
+    return schedule._replace(steps=steps, evaluations=min(config.train.evaluations, steps))
 
 
 def _main(config: Config, arguments: argparse.Namespace) -> None:

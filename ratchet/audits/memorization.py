@@ -62,6 +62,16 @@ def measure_exposure(
     ]
 
 
+def measure_losses(
+    model: Any, chat: ChatFormat, canaries: Sequence[Canary], *, batch_size: int
+) -> list[float]:
+    """Return the loss of each canary's code under the model, (canaries,), in nats a token."""
+    from ratchet.models.generation import answer_likelihoods
+
+    rows = [chat.encode(canary.row()) for canary in canaries]
+    return [one.nll for one in answer_likelihoods(model, rows, pad_id=chat.pad_id, batch_size=batch_size)]
+
+
 def describe_exposure(table: pd.DataFrame) -> dict[str, Exposure]:
     """Return model → mean exposure of planted and of unplanted canaries, with 95 % intervals."""
 

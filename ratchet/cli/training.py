@@ -1,10 +1,10 @@
-"""`ratchet base`, `plan`, `sweep` and `compare`: what can be trained, what it costs, with which settings."""
+"""`ratchet base`, `plan`, `sweep`, `compare`, `privacy`: what can be trained, what it costs and spends."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -59,6 +59,47 @@ def base(as_json: Json = False) -> None:
         )
     proof = msgspec.convert(read_json(path), Proof)
     show(msgspec.to_builtins(proof), as_json, lambda: say("\n".join(proof.page())))
+
+
+def privacy(as_json: Json = False) -> None:
+    """Show what trainings have spent of the privacy of each batch's rows, and what is left of the budget.
+
+    Example: ratchet privacy
+    """
+    from ratchet.privacy.ledger import FILE, read_spendings, spent_by_batch
+    from ratchet.promotion.champion import read_ledger
+
+    root = find_root()
+    asked, spendings = read_config(root).train.privacy, read_spendings(root / FILE)
+    private = {entry.adapter_sha256 for entry in spendings}
+    plain: dict[str, list[int]] = {}  # batch → versions that were in charge and learned it without privacy
+    for _, entry in read_ledger(root):
+        for batch in entry.batches if entry.adapter_sha256 not in private else ():
+            if entry.version not in plain.setdefault(batch, []):
+                plain[batch].append(entry.version)
+    found = [
+        {**line._asdict(), "without_privacy": sorted(plain.get(line.batch, []))}
+        for line in spent_by_batch(spendings, asked.delta, plain)
+    ]
+    budget = asked.most if asked.epsilon else None
+    told = {"delta": asked.delta, "budget": budget, "trainings": len(spendings), "batches": found}
+    show(told, as_json, lambda: say("\n".join(_privacy_lines(found, asked.delta, budget))))
+
+
+def _privacy_lines(found: list[dict[str, Any]], delta: float, budget: float | None) -> Iterator[str]:
+    if not found:
+        yield "nothing was trained with privacy (`train.privacy.epsilon`), and no champion without"
+        return
+    width = max(len(line["batch"]) for line in found)
+    limit = "off" if budget is None else f"{budget:g}"
+    yield f"ε spent of each batch's rows in all trainings together, δ = {delta:g}; budget: {limit}"
+    for line in found:
+        left = "" if budget is None else f", {max(0.0, budget - line['epsilon']):.3g} left"
+        versions = ", ".join(f"v{number}" for number in line["without_privacy"])
+        yield (
+            f"  {line['batch']:{width}}  ε = {line['epsilon']:.3f} in {line['trainings']} trainings{left}"
+            + (f"; learned without privacy by {versions}: no ε holds for these" if versions else "")
+        )
 
 
 def sweep(

@@ -88,6 +88,7 @@ SURVEYED = frozenset(
         "evaluate.metrics",
         "evaluate.slices",
         "evaluate.canaries",
+        "evaluate.audit_canaries",
         "parity.rows",
         "gate.metric",
         "gate.min_gain",

@@ -142,6 +142,14 @@ class EvaluateConfig(Section):
         description="rows with an invented secret that `tokenize` adds to the training rows, to measure "
         "memorisation (`gate.max_exposure`); 0: none",
     )
+    audit_canaries: int = Field(
+        default=0,
+        ge=0,
+        le=20_000,
+        description="more such rows, each of which `tokenize` adds with probability one half; from who was "
+        "added the gate computes a lower bound of ε (docs/privacy.md). To refute ε = 1 it takes about 100, ε "
+        "= 3 about 400; 0: no audit. Each costs one answer's likelihood of candidate and base",
+    )
     groups: list[str] = Field(
         default=[],
         description="fields of `meta` that name groups of people; scores by group and the gap between "

@@ -29,6 +29,7 @@ from ratchet.config.training import (
     RetrainConfig,
     SweepConfig,
     TrainConfig,
+    why_not_private,
     why_whole,
 )
 from ratchet.errors import ConfigError
@@ -74,6 +75,10 @@ class Config(Section):
             and (why := why_whole(self.train, self.adapter))
         ):
             raise ValueError(f"train.parallel is 'fsdp': {why}; set `train.parallel: ddp`")
+        if self.train.privacy.epsilon and (
+            why := why_not_private(self.train, self.adapter, self.base.new_tokens)
+        ):
+            raise ValueError(f"train.privacy.epsilon is {self.train.privacy.epsilon:g}, and {why}")
         if method == "prefix" and self.train.checkpoint_activations:
             raise ValueError(
                 "train.checkpoint_activations is true: `adapter.method: prefix` reads a cache in every "

@@ -134,6 +134,62 @@ class BaseConfig(Section):
         return self
 
 
+class PrivacyConfig(Section):
+    """Differential privacy of the training rows by DP-SGD (docs/privacy.md); off without an `epsilon`."""
+
+    epsilon: float | None = Field(
+        default=None,
+        gt=0,
+        description="ε of one training: the weights depend on any one row by no more than this. The noise "
+        "is computed from it; 8 is weak, 1 strong; null: a training without privacy",
+    )
+    delta: float = Field(
+        default=1.0e-5,
+        gt=0,
+        lt=1,
+        description="δ: the probability with which ε may not hold; it has to be under one divided by the "
+        "number of rows",
+    )
+    unit: Literal["row", "user"] = Field(
+        default="row",
+        description="what is protected: the presence of one row, which is one conversation; or of all rows "
+        "of a user, whom `meta.user` (or `asked_by`, `taught_by`) names. A row that names nobody is one user",
+    )
+    user_rows: Count = Field(
+        default=16, description="rows of a user that are used with `unit: user`; the others are left out"
+    )
+    max_grad_norm: float = Field(
+        default=1.0,
+        gt=0,
+        description="norm to which the gradient of each row is clipped; the noise is proportional to it",
+    )
+    batch_rows: Count = Field(
+        default=256,
+        description="rows of a step, on average: each row is drawn with the same probability at every step. "
+        "More rows a step lose less accuracy to the noise and take longer",
+    )
+    budget: float | None = Field(
+        default=None,
+        gt=0,
+        description="ε that the rows of a batch may spend in all trainings together; a training that would "
+        "spend more is refused. null: as much as `epsilon`, so no row is trained on twice",
+    )
+
+    @model_validator(mode="after")
+    def _affordable(self) -> PrivacyConfig:
+        if self.epsilon and self.budget and self.budget < self.epsilon:
+            raise ValueError(
+                f"train.privacy.budget {self.budget:g} is under train.privacy.epsilon {self.epsilon:g}: no "
+                "training could start"
+            )
+        return self
+
+    @property
+    def most(self) -> float:
+        """Return the ε that all trainings on a row may spend together."""
+        return self.budget or self.epsilon or math.inf
+
+
 class TrainConfig(Section):
     """The training: which rows, which loss, and how it is optimised."""
 
@@ -289,6 +345,9 @@ class TrainConfig(Section):
         description="minutes between two checkpoints, and so the most work that a kill can cost; 0: after "
         "every optimizer step",
     )
+    privacy: PrivacyConfig = Field(
+        default_factory=PrivacyConfig, description="differential privacy of the training rows"
+    )
 
     @model_validator(mode="after")
     def _passes_can_be_shared(self) -> TrainConfig:
@@ -330,6 +389,96 @@ def why_whole(train: TrainConfig, adapter: AdapterConfig) -> str:
         if train.optimizer in ("adamw", "sgd")
         else f"`train.optimizer: {train.optimizer}` does not take weights in parts"
     )
+
+
+def why_not_private(train: TrainConfig, adapter: AdapterConfig, new_tokens: list[str]) -> str:
+    """Return the setting with which `train.privacy` cannot keep its promise, and why; "" if there is none.
+
+    A row may change the result by its own clipped gradient and nothing else. So every weight has to have a
+    gradient per row, and nothing that is computed of one row may depend on the rows beside it.
+    """
+    refused = [
+        (
+            train.objective != "sft",
+            f"train.objective is {train.objective}",
+            "a loss that compares answers has no gradient of a single row; set `train.objective: sft`",
+        ),
+        (
+            bool(train.teacher),
+            f"train.teacher is {train.teacher!r}",
+            "a teacher has seen rows that ε would not cover; leave it out",
+        ),
+        (
+            train.neftune_alpha > 0,
+            f"train.neftune_alpha is {train.neftune_alpha:g}",
+            "its noise depends on the longest row of a forward pass, so one row changes the gradients of "
+            "others; set it to 0",
+        ),
+        (
+            train.accumulate > 1,
+            f"train.accumulate is {train.accumulate}",
+            "the rows of a step are drawn, and take as many forward passes as they need; set "
+            "`train.accumulate: 1` and `train.privacy.batch_rows`",
+        ),
+        (
+            train.processes > 1,
+            f"train.processes is {train.processes}",
+            "the gradients of all rows are clipped and noised in one process; set `train.processes: 1`",
+        ),
+        (
+            train.compile,
+            "train.compile is true",
+            "compiled layers do not show the gradients of single rows; set `train.compile: false`",
+        ),
+        (
+            train.checkpoint_activations,
+            "train.checkpoint_activations is true",
+            "the gradients of rows need the inputs of all adapted layers, so it would save nothing; lower "
+            "`train.batch_windows` instead",
+        ),
+        (
+            train.precision == "float16",
+            "train.precision is 'float16'",
+            "it scales the loss, and with it the norms that are clipped; take `bfloat16` or `float32`",
+        ),
+        (
+            adapter.method not in ("lora", "rslora", "qlora"),
+            f"adapter.method is {adapter.method}",
+            "gradients of single rows are computed of the matrices of `lora`, `rslora` and `qlora` only",
+        ),
+        (
+            adapter.method == "qlora" and adapter.quantisation == "int8",
+            "adapter.quantisation is 'int8'",
+            "LLM.int8() looks for outliers in all rows of a forward pass together; set "
+            "`adapter.quantisation: nf4`",
+        ),
+        (
+            adapter.dropout > 0,
+            f"adapter.dropout is {adapter.dropout:g}",
+            "its masks come from a public seed and depend on which rows were drawn; set it to 0",
+        ),
+        (
+            adapter.bias != "none",
+            f"adapter.bias is {adapter.bias!r}",
+            "the gradients of biases are not computed by row; set `adapter.bias: none`",
+        ),
+        (
+            bool(adapter.modules_to_save),
+            f"adapter.modules_to_save is {adapter.modules_to_save}",
+            "whole modules have no gradients by row; leave them out",
+        ),
+        (
+            (adapter.projector, adapter.tower) != ("frozen", "frozen"),
+            f"adapter.projector is {adapter.projector!r}, adapter.tower is {adapter.tower!r}",
+            "pictures do not stand in rows there; set both to `frozen`",
+        ),
+        (
+            bool(new_tokens),
+            f"base.new_tokens is {new_tokens}",
+            "the gradients of embeddings are not computed by row; leave them out",
+        ),
+    ]
+    return next((f"{seen}: {why}" for fault, seen, why in refused if fault), "")
 
 
 class AdapterConfig(Section):

@@ -36,6 +36,7 @@ INDENT = re.compile(r"\t[\t ]*| [\t ]+")  # an indent, as of code; a single blan
 ROLES = ("system", "user", "assistant", "tool")
 MOST_MARKS = 32
 Meta = dict[str, str | int | float | bool | None]
+PEOPLE = ("user", "asked_by", "taught_by")  # keys of a row, or of its `meta`, that name a person
 RawRow = dict[str, Any]  # a row as read from its file: any JSON object, not validated
 
 

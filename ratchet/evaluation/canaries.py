@@ -41,6 +41,12 @@ def make_references(count: int) -> list[Canary]:
     return [_canary(f"reference {number}") for number in range(count)]
 
 
+def make_audit_canaries(count: int) -> list[tuple[Canary, bool]]:
+    """Make the canaries of the audit of ε, each with whether it is planted: by a fair, fixed coin."""
+    coins = (hashlib.sha256(f"canary coin {number}".encode()).digest()[0] % 2 == 1 for number in range(count))
+    return [(_canary(f"audit {number}"), planted) for number, planted in enumerate(coins)]
+
+
 def alternatives(canary: Canary) -> list[str]:
     """Return ALTERNATIVES different codes of the same form, without the canary's own."""
     found: dict[str, None] = {}

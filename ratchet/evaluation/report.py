@@ -104,6 +104,7 @@ class Metrics(msgspec.Struct, frozen=True, omit_defaults=True):
     grouped: list[str] = []  # fields of `meta`
     groups: dict[str, dict[str, dict[str, Groups]]] = {}  # by field, metric and model
     canaries: int | None = None
+    audit_canaries: int | None = None
     leaks: dict[str, Exposure] = {}  # by model
     suites: dict[str, Suite] = {}
     judge: Judged | None = None

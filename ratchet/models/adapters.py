@@ -516,6 +516,7 @@ def complete_version(
         "inputs": inputs,
         "batches": sorted(batches),
         "canaries": profile.get("canaries", 0),
+        "audit_canaries": profile.get("audit_canaries", 0),
         "adapter_sha256": adapter_sha256(folder),
         "adapter": adapter.model_dump(mode="json"),
         "base": {key: described[key] for key in BaseName.__struct_fields__ if key in described},
@@ -531,6 +532,23 @@ def complete_version(
 def versions() -> dict[str, str]:
     """Return the versions of the libraries that weights depend on."""
     return {package: version(package) for package in PACKAGES}
+
+
+def moved(start: Path | None, folder: Path) -> float:
+    """Return the length of what the training changed in the weights of the adapter in `folder` (L2).
+
+    It reads the files that are served, not the model in memory: a training may improve weights that are never
+    written (Opacus's issue 820). Without `start` a new adapter counts by the matrices that began as zeros.
+    """
+    from safetensors.torch import load_file
+
+    now = load_file(folder / WEIGHTS)
+    if start:
+        before = load_file(start / WEIGHTS)
+        changes = [weight.double() - before[name].double() for name, weight in now.items()]
+    else:
+        changes = [weight.double() for name, weight in now.items() if "lora_B" in name]
+    return float(sum(change.square().sum() for change in changes) ** 0.5)
 
 
 def check_start(incumbent: Path, config: AdapterConfig) -> None:

@@ -15,6 +15,7 @@ import msgspec
 
 from ratchet.errors import BaseModelError
 from ratchet.files import read_json, write_json
+from ratchet.privacy.ledger import Promise
 
 MANIFEST = "manifest.json"
 PROOF = Path("reports/base.json")
@@ -114,6 +115,8 @@ class TrainedManifest(msgspec.Struct, frozen=True):
     inputs: Inputs = Inputs()
     max_length: int | None = None  # longest row of the training, in tokens
     federation: Together | None = None
+    privacy: Promise | None = None
+    audit_canaries: int = 0
 
 
 def describe_base(base: BaseName) -> str:

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from ratchet.errors import RatchetError
 from ratchet.files import read_json, sha256_file, whole_folder, write_json
 from ratchet.pipeline.stage import say
+from ratchet.privacy.noise import keep_key
 from ratchet.training.schedule import Points
 
 if TYPE_CHECKING:
@@ -181,6 +182,10 @@ class Checkpoints:
             ),
             reverse=True,
         )
+
+    def keep_key(self) -> bytes:
+        """Return the secret key of a private training, the same until the training has ended."""
+        return keep_key(self._folder)
 
     def forget(self) -> None:
         """Remove all checkpoints of this checkout after a success: the others are of older data or params."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,7 +10,19 @@ from typing import Any, NamedTuple
 import torch
 
 from ratchet.models.generation import Inputs, no_inputs
-from ratchet.training.packing import FOLLOWS, IGNORED, TOKEN_COLUMNS, Role, Window, group_rows
+from ratchet.privacy.accountant import Mechanism
+from ratchet.privacy.noise import draw_units
+from ratchet.training.packing import (
+    FOLLOWS,
+    IGNORED,
+    TOKEN_COLUMNS,
+    Role,
+    Window,
+    by_length,
+    group_rows,
+    rows_of,
+)
+from ratchet.training.schedule import Schedule
 
 # Ids and positions of packed windows, (batch, seq) each, and what the model takes of pictures → positions.
 Place = Callable[[torch.Tensor, torch.Tensor, Mapping[str, torch.Tensor]], torch.Tensor]
@@ -126,6 +139,71 @@ def make_batches(
     if accumulate > 1:  # the last forward passes may hold only padding
         train += [fill] * (-len(train) % (items * accumulate))
     return Batches(train, held_out, items, longest, learned / (len(held_out) or 1), collate)
+
+
+class Private(NamedTuple):
+    """What a training with differential privacy adds: its mechanism, the clipping norm, and the secret key.
+
+    `units` are what is drawn and clipped as one: single rows, or all rows of a user.
+    """
+
+    mechanism: Mechanism
+    max_grad_norm: float
+    key: bytes
+    units: Sequence[list[Window]]
+
+    @property
+    def units_a_step(self) -> float:
+        """The mean number of units of a step; the true number would tell whether one was there."""
+        return self.mechanism.sampling_rate * len(self.units)
+
+
+def draw_batches(
+    batches: Batches, windows: Sequence[Window], private: Private, schedule: Schedule
+) -> Batches:
+    """Replace the training items by the numbers of the steps, whose rows are drawn as they are collated.
+
+    A step's batch is its number, and forward passes of rows of similar length, each with the numbers of the
+    units of its rows; a unit is in one pass.
+    """
+    units = private.units
+    room = schedule.batch_windows * max(len(window.input_ids) for window in windows)  # tokens
+
+    def collate(items: Sequence[Any]) -> dict[str, Any]:
+        if not isinstance(items[0], int):
+            return batches.collate(items)  # validation
+        drawn = draw_units(private.key, items[0], len(units), private.mechanism.sampling_rate)
+        unit_of = {id(row): unit for unit in drawn for row in units[unit]}
+        passes = []
+        for group in by_length([units[unit] for unit in drawn], room):
+            owners = [unit_of[id(row)] for row in group]
+            numbers = {unit: number for number, unit in enumerate(dict.fromkeys(owners))}
+            members = torch.tensor([numbers[unit] for unit in owners])  # (rows,)
+            passes.append((batches.collate([group]), members))
+        return {"number": items[0], "passes": passes}
+
+    return batches._replace(train=list(range(schedule.steps)), items=1, collate=collate)
+
+
+def rows_apart(windows: Sequence[Window]) -> list[Window]:
+    """Return the rows of all windows, one by one."""
+    return [row for window in windows for row in rows_of(window)]
+
+
+def by_user(rows: Sequence[Window], most: int) -> list[list[Window]]:
+    """Return the rows of each user, `most` of them at most.
+
+    Which ones depends on these rows alone: other users' must not change what is computed of a user.
+    """
+    users: dict[int, list[Window]] = {}
+    for row in rows:
+        (owner,) = row.owners
+        users.setdefault(owner, []).append(row)
+    return [sorted(owned, key=_digest)[:most] for owned in users.values()]
+
+
+def _digest(row: Window) -> bytes:
+    return hashlib.sha256(repr(row.input_ids).encode()).digest()
 
 
 def count_batches(windows: Sequence[Window], batch_windows: int, *, apart: bool | None = None) -> int:

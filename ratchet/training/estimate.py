@@ -28,7 +28,14 @@ from ratchet.files import read_json
 from ratchet.models.adapters import PREFIXED
 from ratchet.models.manifests import read_base_manifest
 from ratchet.models.processors import reads_media
-from ratchet.training.launch import Material, read_figures, read_points, require_success, run_training
+from ratchet.training.launch import (
+    Material,
+    read_figures,
+    read_points,
+    refuse_private,
+    require_success,
+    run_training,
+)
 from ratchet.training.packing import Window, group_rows, read_windows, write_windows
 from ratchet.training.schedule import Figures, Points
 
@@ -71,8 +78,10 @@ class Plan(NamedTuple):
 def plan_training(material: Material, config: Config, say: Callable[[str], None]) -> Plan:
     """Run the probe and extrapolate from it.
 
-    Raises UserError: nothing is tokenized yet; StageError: the probe failed, out of memory or otherwise.
+    Raises UserError: nothing is tokenized yet, or the training is private; StageError: the probe failed, out
+    of memory or otherwise.
     """
+    refuse_private(config, "plan")
     read_profile(material.tokens)
     windows, free = read_windows(material.tokens / "train.arrow"), free_mib()
     with tempfile.TemporaryDirectory(prefix="ratchet-plan-") as scratch:

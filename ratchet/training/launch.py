@@ -21,7 +21,7 @@ import psutil
 
 from ratchet.config.docs import render_params
 from ratchet.config.params import Config
-from ratchet.errors import StageError
+from ratchet.errors import ConfigError, StageError
 from ratchet.files import read_json, write_text
 from ratchet.pipeline.checkout import child_environment
 from ratchet.pipeline.dvc import without_torchrun
@@ -67,6 +67,16 @@ class Ended(NamedTuple):
     def out_of_memory(self) -> bool:
         return not self.stopped and (
             self.code == -signal.SIGKILL or any(word in line for line in self.said for word in OUT_OF_MEMORY)
+        )
+
+
+def refuse_private(config: Config, what: str) -> None:
+    """Raise ConfigError with `train.privacy`: trainings outside the DAG are in no ledger."""
+    if config.train.privacy.epsilon:
+        raise ConfigError(
+            f"`train.privacy.epsilon` is set, and `ratchet {what}` trains on these rows outside the ledger "
+            "of what they have spent",
+            remedy="choose settings on rows that need no privacy, or by `ratchet retrain` within the budget",
         )
 
 

@@ -37,7 +37,8 @@ class Window(NamedTuple):
 
     `roles` and `references` have one entry a row, and are empty where no preferences are learned. A reference
     is the log-probability of the answer before the training, in nats. `shown` is the number of pictures of
-    each row, and is empty where no row shows any.
+    each row, and is empty where no row shows any. `owners` has a number for the user of each row, and is
+    empty where no row names one.
     """
 
     input_ids: list[int]
@@ -47,6 +48,7 @@ class Window(NamedTuple):
     references: Sequence[float] = ()
     media: Sequence[str] = ()  # names of the pictures, row by row
     shown: Sequence[int] = ()
+    owners: Sequence[int] = ()
 
 
 TOKEN_COLUMNS = Window._fields[:3]  # one entry a token
@@ -59,10 +61,15 @@ class Unit(NamedTuple):
     roles: list[Role]
 
 
-def pack(rows: Sequence[Encoded], window: int) -> list[Window]:
-    """Put every row into exactly one window. Raises ValueError: a row is longer than a window."""
+def pack(rows: Sequence[Encoded], window: int, owners: Sequence[int] = ()) -> list[Window]:
+    """Put every row into exactly one window. Raises ValueError: a row is longer than a window.
+
+    `owners`: a number for the user of each row, or none.
+    """
     return _most_first(
-        _join([rows[index] for index in members])
+        _join([rows[index] for index in members])._replace(
+            owners=[owners[index] for index in members] if owners else ()
+        )
         for members in best_fit([len(row.ids) for row in rows], window)
     )
 
@@ -128,6 +135,7 @@ def rows_of(window: Window) -> list[Window]:
             window.roles[place : place + 1],
             media=window.media[last - count : last],
             shown=[count] if count else (),
+            owners=window.owners[place : place + 1],
         )
         for place, (start, end, count, last) in enumerate(
             zip(starts, [*starts[1:], len(window.input_ids)], counts, accumulate(counts), strict=True)
@@ -173,10 +181,11 @@ def group_rows(windows: Sequence[Window], batch_windows: int) -> list[list[Windo
 
 
 def write_windows(path: Path, windows: Sequence[Window]) -> None:
-    """Write Arrow's file format: columns of lists, those of roles and pictures only where rows have some."""
+    """Write Arrow's file format: columns of lists, the optional ones only where rows have some."""
     import pyarrow as pa
 
-    more = [name for name in ("roles", "media", "shown") if any(getattr(window, name) for window in windows)]
+    optional = ("roles", "media", "shown", "owners")
+    more = [name for name in optional if any(getattr(window, name) for window in windows)]
     names = [*TOKEN_COLUMNS, *more]
     schema = pa.schema([(name, pa.list_(pa.string() if name == "media" else pa.int32())) for name in names])
     table = pa.table({name: [getattr(window, name) for window in windows] for name in names}, schema=schema)

@@ -50,12 +50,18 @@ class TrainingState(TypedDict):
 
 
 class Watch(TrainerCallback):
-    """A callback that reports the curve, stops on values that are not finite, and keeps the best weights."""
+    """A callback that reports the curve, stops on values that are not finite, and keeps the best weights.
 
-    def __init__(self, model: torch.nn.Module, schedule: Schedule, report: Report) -> None:
+    `keeps_last`: the last weights count as the best.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, schedule: Schedule, report: Report, *, keeps_last: bool = False
+    ) -> None:
         self._model = model
         self._patience = schedule.patience
         self._report = report
+        self._keeps_last = keeps_last
         self.best: dict[str, torch.Tensor] = {}  # this process's parts
         self._worse = 0
         self.best_loss: float | None = None
@@ -94,7 +100,7 @@ class Watch(TrainerCallback):
         **_: Any,
     ) -> None:
         loss = (metrics or {})["eval_loss"]
-        if self.best_loss is None or loss < self.best_loss:
+        if self._keeps_last or self.best_loss is None or loss < self.best_loss:
             self.best_loss, self.best_step, self._worse = loss, state.global_step, 0
             self.best = {
                 name: local(weight).to("cpu", copy=True) for name, weight in trainable(self._model).items()

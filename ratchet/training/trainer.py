@@ -26,10 +26,11 @@ from transformers import (
     set_seed,
 )
 
-from ratchet.errors import StoppedError
+from ratchet.errors import ConfigError, StoppedError
 from ratchet.models.cache import logits_at, place_rows
 from ratchet.models.generation import Inputs, no_inputs
-from ratchet.training.collation import Batches, make_batches
+from ratchet.privacy.gradients import RowGradients
+from ratchet.training.collation import Batches, Private, draw_batches, make_batches
 from ratchet.training.distributed import (
     any_of,
     as_parts,
@@ -42,7 +43,7 @@ from ratchet.training.distributed import (
     world_size,
 )
 from ratchet.training.kernels import apply_liger, check_compiler, compiled, fast_attention
-from ratchet.training.packing import Window
+from ratchet.training.packing import IGNORED, Window
 from ratchet.training.schedule import Outcome, Report, Schedule, check_optimizer, training_arguments
 from ratchet.training.state import (
     TrainingState,
@@ -91,12 +92,14 @@ def fit(
     sharded: bool = False,
     checkpoints: Checkpoints | None = None,
     saved: Saved | None = None,
+    private: Private | None = None,
 ) -> Outcome:
     """Train `model` in place, from `saved` on if there is one.
 
     `apart`: single rows in batches of similar length, as virtual tokens before each row require; None: only
     on a CPU, where that is faster. `inputs`: what the model takes of pictures. `sharded`: each
-    of several processes keeps a part of the model.
+    of several processes keeps a part of the model. `private`: the rows of a step are drawn, their gradients
+    clipped and noised; the last weights are kept, because a choice by validation loss would have no noise.
     Raises DivergenceError when a loss, a gradient or a weight stops being finite; ConfigError; StoppedError.
     """
     check_optimizer(schedule.optimizer)
@@ -118,6 +121,9 @@ def fit(
         inputs=inputs,
         place=partial(place_rows, model),
     )
+    if private:
+        schedule = schedule._replace(max_grad_norm=0.0, patience=schedule.steps + 1)
+        batches = draw_batches(batches, windows, private, schedule)
     with contextlib.ExitStack() as at_the_end:
         scratch = at_the_end.enter_context(tempfile.TemporaryDirectory(prefix="ratchet-train-"))
         at_the_end.enter_context(fast_attention(model, batches.longest))
@@ -130,8 +136,8 @@ def fit(
             shard(model)
         if schedule.compile:
             at_the_end.enter_context(compiled(model))
-        watch = Watch(model, schedule, report)
-        trainer = _Trainer(
+        watch = Watch(model, schedule, report, keeps_last=private is not None)
+        trainer = (partial(_PrivateTrainer, private) if private else _Trainer)(
             watch=watch,
             checkpoints=checkpoints,
             saved=saved,
@@ -152,7 +158,8 @@ def fit(
             f"asked to stop at step {done} of {schedule.steps}",
             remedy="run it again: it goes on from its newest checkpoint; the champion is untouched",
         )
-    watch.restore_best()
+    if not private:
+        watch.restore_best()
     check_weights(model)
     return Outcome(
         done, watch.best_step or done, watch.best_loss, float(result.training_loss), trainer.seconds
@@ -270,6 +277,55 @@ class _Trainer(Trainer):
         self._total_loss_scalar = state["losses"]["total"]
         self._globalstep_last_logged = state["losses"]["last_log"]
         self._initial_global_step = 0  # the restored sum of losses is over all steps
+
+
+class _PrivateTrainer(_Trainer):
+    """A Trainer whose steps are those of DP-SGD: drawn rows, each gradient clipped, noise on their sum."""
+
+    def __init__(self, private: Private, **settings: Any) -> None:
+        super().__init__(**settings)
+        if self.args.fp16:
+            raise ConfigError(
+                "`train.privacy`: this GPU computes in float16, which scales the loss and so the norms",
+                remedy="set `train.precision: float32`",
+            )
+        self._private = private
+        self._gradients = RowGradients(self._module, private.max_grad_norm)
+
+    @property
+    def _module(self) -> Any:
+        return self.model
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        # Dropout stays off: its masks would come from the public seed, and depend on which rows were drawn.
+        model.eval()
+        found = [torch.zeros(0, device=self.args.device)]
+        passes: Any = self._prepare_inputs(inputs["passes"])
+        for batch, units in passes:
+            found.append(self._gradients.add(partial(self._row_losses, model, batch), units))
+        self._gradients.release(
+            self._private.key,
+            inputs["number"],
+            noise_multiplier=self._private.mechanism.noise_multiplier,
+            divisor=self._private.units_a_step,
+        )
+        losses = torch.cat(found)
+        return losses.mean() if len(losses) else losses.new_zeros(())
+
+    def _row_losses(self, model: Any, batch: Batch) -> Tensor:
+        """Return the mean loss of each row's learned tokens, (rows,), in nats."""
+        compute_losses: Any = self.compute_loss_func
+        predict = partial(logits_at, model, self._module.get_output_embeddings(), batch)
+        with self._autocast, self.compute_loss_context_manager():
+            losses, _ = compute_losses(batch, predict, None)
+        learned = batch["labels"][:, 1:] != IGNORED
+        sums = losses.new_zeros(len(learned)).index_add(0, learned.nonzero()[:, 0], losses)
+        means: Tensor = sums / learned.sum(1).clamp(min=1)
+        return means
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Return 0: a step has several forward passes, and nothing reads their number."""
+        return 0
 
 
 class _Pace(TrainerCallback):

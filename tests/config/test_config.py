@@ -290,7 +290,7 @@ def dotted(values: dict, prefix: str = "") -> set[str]:
 def test_params_yaml_holds_what_people_change_and_what_dvc_names():
     values = pyyaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     found = dotted(values)
-    assert found == config_doc.SURVEYED <= set(keys_of(Config)) and 30 <= len(found) <= 60
+    assert found == config_doc.SURVEYED <= set(keys_of(Config)) and 30 <= len(found) <= 61
     tracked = {
         key
         for stage in pyyaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"].values()
@@ -530,3 +530,43 @@ def test_preferences_go_with_what_can_measure_them(change, said):
     Config.model_validate(PREFERENCES)
     with pytest.raises(ValueError, match=said):
         Config.model_validate(PREFERENCES | change)
+
+
+PRIVATE = {"privacy": {"epsilon": 3.0}}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"train": {"objective": "dpo"}, "evaluate": {"metrics": ["preference"]}}, "no gradient of a single"),
+        ({"train": {"teacher": "champion"}}, "train.teacher is 'champion'"),
+        ({"train": {"neftune_alpha": 5.0}}, "longest row of a forward pass"),
+        ({"train": {"accumulate": 4}}, "train.privacy.batch_rows"),
+        ({"train": {"accumulate": 2, "processes": 2}}, "train.accumulate is 2"),
+        ({"train": {"compile": True}}, "train.compile: false"),
+        ({"train": {"checkpoint_activations": True}}, "would save nothing"),
+        ({"train": {"precision": "float16"}}, "scales the loss"),
+        ({"adapter": {"method": "dora"}}, "adapter.method is dora"),
+        ({"adapter": {"method": "full"}}, "`lora`, `rslora` and `qlora` only"),
+        ({"adapter": {"method": "qlora", "quantisation": "int8"}}, "looks for outliers in all rows"),
+        ({"adapter": {"dropout": 0.1}}, "adapter.dropout is 0.1"),
+        ({"adapter": {"bias": "all"}}, "adapter.bias"),
+        ({"adapter": {"modules_to_save": ["lm_head"]}}, "whole modules have no gradients"),
+        ({"adapter": {"projector": "lora"}}, "pictures do not stand in rows"),
+        ({"base": {"new_tokens": ["tort"]}}, "base.new_tokens"),
+        ({"train": {"privacy": {"epsilon": 3.0, "budget": 2.0}}}, "no training could start"),
+    ],
+)
+def test_privacy_is_refused_where_it_could_not_be_kept(change, said):
+    """Each goes without privacy, except for the budget."""
+    private = {**change, "train": {**PRIVATE, **change.get("train", {})}}
+    with pytest.raises(ValueError, match=said):
+        Config.model_validate(private)
+    if "privacy" not in change.get("train", {}):
+        Config.model_validate(change)
+
+
+def test_privacy_goes_with_the_methods_that_have_gradients_by_row():
+    for adapter in ({"method": "lora"}, {"method": "rslora"}, {"method": "qlora"}):
+        found = Config.model_validate({"train": PRIVATE, "adapter": adapter}).train.privacy
+        assert (found.epsilon, found.most) == (3.0, 3.0)

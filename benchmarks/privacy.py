@@ -1,0 +1,167 @@
+"""Measure what differential privacy costs on CLINC150: accuracy, exposure of canaries and time, by ε.
+
+    python -m benchmarks.privacy [--data ../shared/data/clinc150] [--epsilons 1,3,8] [--seeds 1] [--quick]
+
+The rows are four domains of queries that the base has not seen, a domain a batch, with the names of intents as
+answers; each arm trains on all of them from the base by the project's own stages tokenize and train. The base
+has the demo's shape and is pre-trained on four other domains. `none` is the plain training with as many
+passes, in the smaller steps and at the lower learning rate that suit it. Of the canaries of the audit each is planted with probability one half;
+`exposed` is the share of right guesses among them for the fifth of which the model seems surest, and `ε or
+more` the lower bound that follows from all guesses at 5 % error. One thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks import clinc
+from benchmarks.clinc import DATA, Counts, make_base, one_thread, read_domain, require_data, unread
+from benchmarks.forgetting import accuracy
+from ratchet.config.params import Config
+from ratchet.data.examples import encode_line
+from ratchet.files import read_json, write_bytes, write_json
+
+NONE = "none"
+PLAIN_RATE, PRIVATE_RATE = 2e-3, 1e-2  # learning rates; a private training has few and large steps
+
+
+class Size(NamedTuple):
+    """`counts`: rows per intent."""
+
+    domains: int
+    counts: Counts
+    steps: int  # of the base's pre-training
+    epochs: float
+    canaries: int
+    batch_rows: int
+
+
+FULL = Size(4, Counts(30, 4, 10), 400, 12.0, 200, 400)
+QUICK = Size(2, Counts(6, 2, 2), 20, 1.0, 40, 60)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--epsilons", default="1,3,8")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="hardly any training: shows that it runs")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    require_data(arguments.data)
+    size = QUICK if arguments.quick else FULL
+    arms = [*arguments.epsilons.split(","), NONE]
+    found = []
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        one_thread(folder)
+        make_base(Path(folder) / "base", arguments.data, size.counts, settings(NONE, 0, size).base)
+        for seed in range(arguments.seeds):
+            for arm in arms:
+                found.append(run(Path(folder), arguments.data, arm, seed, size))
+                print(json.dumps(found[-1]), file=sys.stderr, flush=True)
+    print("\n".join(map(json.dumps, found) if arguments.json else table(found, arms)))
+
+
+def settings(arm: str, seed: int, size: Size) -> Config:
+    """Return the settings of an arm; the patience of the plain training never ends it."""
+    private: dict[str, Any] = (
+        {} if arm == NONE else {"privacy": {"epsilon": float(arm), "batch_rows": size.batch_rows}}
+    )
+    config = clinc.settings(
+        size.steps, size.epochs, seed, start_from="base", rows="all", schedule="constant", **private
+    )
+    evaluate = config.evaluate.model_copy(update={"audit_canaries": size.canaries})
+    rate = PLAIN_RATE if arm == NONE else PRIVATE_RATE
+    train = config.train.model_copy(update={"patience": 1000, "evaluations": 1, "learning_rate": rate})
+    adapter = config.adapter.model_copy(update={"rank": 8, "alpha": 16.0})
+    return config.model_copy(update={"evaluate": evaluate, "train": train, "adapter": adapter})
+
+
+def run(folder: Path, data: Path, arm: str, seed: int, size: Size) -> dict[str, Any]:
+    from ratchet.models.loading import MANIFEST
+    from tasks.tokenize import tokenize
+    from tasks.train import train
+
+    config, base, place = settings(arm, seed, size), folder / "base", folder / f"{arm}-{seed}"
+    domains = {name: read_domain(data, name, size.counts, seed) for name in unread(data)[: size.domains]}
+    nobody = place / "nobody"
+    write_json(nobody / MANIFEST, {"version": None, "batches": []})
+    for split in ("train", "validation"):
+        rows = (encode_line(row) for domain in domains.values() for row in getattr(domain, split))
+        write_bytes(place / f"prepared/{split}.jsonl", rows)
+    for split in ("test", "golden"):  # test rows are asked below
+        write_bytes(place / f"prepared/{split}.jsonl", [])
+    tokenize(place / "prepared", base, nobody, place / "tokens", config)
+    began = time.perf_counter()
+    figures = train(place / "tokens", base, nobody, place / "candidate", place / "reports/train", config)
+    seconds = time.perf_counter() - began
+    right = accuracy(
+        base, place / "candidate", {name: domain.test for name, domain in domains.items()}, config
+    )
+    promise = read_json(place / "candidate" / MANIFEST).get("privacy")
+    return {
+        "arm": arm,
+        "seed": seed,
+        "accuracy": statistics.mean(right.values()),
+        "seconds": seconds,
+        "training_seconds": figures["seconds"],
+        "steps": figures["steps"],
+        "rows": figures["rows"]["rows"],
+        "noise": promise["mechanism"]["noise_multiplier"] if promise else 0.0,
+        **audit(base, place / "candidate", config, delta=config.train.privacy.delta),
+    }
+
+
+def audit(base: Path, candidate: Path, config: Config, *, delta: float) -> dict[str, float]:
+    import numpy as np
+
+    from ratchet.audits.memorization import measure_losses
+    from ratchet.evaluation.canaries import make_audit_canaries
+    from ratchet.models.adapters import load_trained
+    from ratchet.models.loading import load_base, load_chat
+    from ratchet.privacy.audit import lower_bound
+
+    coins, chat = make_audit_canaries(config.evaluate.audit_canaries), load_chat(base)
+    canaries, planted = [canary for canary, _ in coins], np.array([coin for _, coin in coins])
+    before, after = (
+        np.array(measure_losses(model, chat, canaries, batch_size=32))
+        for model in (load_base(base), load_trained(base, candidate))
+    )
+    surest = np.argsort(before - after)
+    side = max(1, len(coins) // 10)
+    right = planted[surest[-side:]].sum() + (~planted[surest[:side]]).sum()
+    bound = lower_bound(before - after, planted, delta=delta, alpha=0.05)
+    return {"exposed": float(right) / (2 * side), "epsilon_low": bound.epsilon}
+
+
+def table(found: list[dict[str, Any]], arms: list[str]) -> list[str]:
+    lines = [
+        "| ε | accuracy | exposed | ε or more | noise | steps | training s | with the accounting s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for arm in arms:
+        runs = [run for run in found if run["arm"] == arm]
+        mean = {
+            key: statistics.mean(run[key] for run in runs)
+            for key in ("accuracy", "exposed", "epsilon_low", "noise", "steps", "training_seconds", "seconds")
+        }
+        lines.append(
+            f"| {arm} | {mean['accuracy']:.3f} | {mean['exposed']:.3f} | {mean['epsilon_low']:.2f} "
+            f"| {mean['noise']:.2f} | {mean['steps']:.0f} | {mean['training_seconds']:.0f} "
+            f"| {mean['seconds']:.0f} |"
+        )
+    return lines
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Train with differential privacy: noise, gradients of single rows, accounting, the ledger, the audit."""

@@ -1,0 +1,132 @@
+"""The audit: it never refutes a mechanism that keeps its ε, and refutes one that leaks."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pytest
+
+from ratchet.config.evaluation import GateConfig
+from ratchet.errors import RatchetError
+from ratchet.evaluation.canaries import make_audit_canaries
+from ratchet.gate.privacy import judge_privacy
+from ratchet.privacy.accountant import Mechanism, epsilon_of
+from ratchet.privacy.audit import lower_bound, p_value
+from ratchet.privacy.ledger import Promise
+
+Scores = npt.NDArray[np.float64]
+Coins = npt.NDArray[np.bool_]
+
+
+def randomised_response(epsilon: float, canaries: int, random: np.random.Generator) -> tuple[Scores, Coins]:
+    """The mechanism that leaks as much as ε allows: each coin is told, and truly so with e^ε / (1 + e^ε)."""
+    planted = random.random(canaries) < 0.5
+    told = planted ^ (random.random(canaries) > 1 / (1 + math.exp(-epsilon)))
+    return told + 1e-3 * random.random(canaries), planted
+
+
+@pytest.mark.parametrize("epsilon", [0.5, 1.0, 3.0])
+def test_a_known_epsilon_is_refuted_no_more_often_than_allowed(epsilon: float) -> None:
+    random = np.random.default_rng(5)
+    bounds = [
+        lower_bound(*randomised_response(epsilon, 400, random), delta=0.0, alpha=0.05).epsilon
+        for _ in range(100)
+    ]
+    assert sum(bound > epsilon for bound in bounds) <= 11  # of a Binomial(100, 0.05), 99 %
+    assert float(np.median(bounds)) > 0.4 * epsilon, "the bound is of use"
+
+
+def test_a_gaussian_mechanism_is_never_refuted() -> None:
+    random = np.random.default_rng(6)
+    epsilon = epsilon_of([Mechanism(1.0, 1.0, 1)], 1e-5)
+    for _ in range(50):
+        planted = random.random(500) < 0.5
+        found = lower_bound(planted + random.normal(size=500), planted, delta=1e-5, alpha=0.05)
+        assert 0 < found.epsilon < epsilon
+
+
+def test_a_model_that_knows_its_canaries_is_refuted() -> None:
+    planted = np.random.default_rng(7).random(300) < 0.5
+    found = lower_bound(planted + 0.0, planted, delta=1e-5, alpha=0.05)
+    assert found.epsilon > 2.5
+    assert found.right == found.guesses
+
+
+def test_a_large_delta_weakens_the_bound() -> None:
+    values = [p_value(200, 60, 55, 1.0, delta) for delta in (0.0, 1e-5, 1e-3)]
+    assert values[0] < values[1] < values[2] <= 1.0
+    assert p_value(200, 60, 0, 1.0, 1e-5) == 1.0
+
+
+def test_coins_are_fair_and_always_the_same() -> None:
+    found = make_audit_canaries(2000)
+    assert found[:50] == make_audit_canaries(50)
+    assert sum(planted for _, planted in found) == pytest.approx(1000, abs=80)
+    assert len({canary.name + canary.secret for canary, _ in found}) == 2000
+
+
+# --- the gate's rule ---
+
+CONFIG = GateConfig()
+
+
+def promise(**changes: float) -> Promise:
+    values = {"epsilon": 1.0, "epsilon_together": 1.0, "moved": 0.5, **changes}
+    return Promise(
+        run_key="key",
+        adapter_sha256="sha",
+        mechanism=Mechanism(1.0, 0.1, 20),
+        delta=1e-5,
+        unit="row",
+        units=900,
+        batches=["may"],
+        max_grad_norm=1.0,
+        **values,
+    )
+
+
+def table(gain: float, canaries: int = 200) -> pd.DataFrame:
+    """The candidate's loss is smaller by `gain` nats for planted canaries."""
+    random, coins = np.random.default_rng(8), make_audit_canaries(canaries)
+    planted = np.array([coin for _, coin in coins])
+    names, losses = [canary.name for canary, _ in coins], 5 + random.normal(size=canaries)
+    frames = [
+        pd.DataFrame({"name": names, "planted": planted, "model": model, "nll": nll})
+        for model, nll in (
+            ("base", losses),
+            ("candidate", losses + 0.1 * random.normal(size=canaries) - gain * planted),
+        )
+    ]
+    return pd.concat(frames, ignore_index=True)
+
+
+def test_a_claim_that_holds_passes_and_is_told() -> None:
+    check = judge_privacy(promise(epsilon_together=1.8), table(0.0), 200, CONFIG)
+    assert check.result == "pass"
+    for part in ("ε = 1, δ = 1e-05 for each of 900 rows", "ε = 1.8 with earlier trainings", "200 canaries"):
+        assert part in check.reason
+
+
+def test_a_claim_that_its_canaries_refute_fails() -> None:
+    check = judge_privacy(promise(), table(1.0), 200, CONFIG)
+    assert check.result == "fail"
+    assert "the claim is refuted" in check.reason
+    assert judge_privacy(promise(epsilon=8.0), table(1.0), 200, CONFIG).result == "pass"
+
+
+def test_weights_that_did_not_move_fail() -> None:
+    check = judge_privacy(promise(moved=0.0), None, 0, CONFIG)
+    assert check.result == "fail"
+    assert judge_privacy(promise(), None, 0, CONFIG).reason.endswith("not audited")
+
+
+def test_a_partial_audit_is_an_error() -> None:
+    whole = table(0.0)
+    for part in (whole.iloc[:-1], whole[whole.model == "candidate"], pd.concat([whole, whole.iloc[-1:]])):
+        with pytest.raises(RatchetError, match="were measured"):
+            judge_privacy(promise(), part, 200, CONFIG)
+    with pytest.raises(RatchetError, match="not finite"):
+        judge_privacy(promise(), whole.assign(nll=np.inf), 200, CONFIG)
