@@ -74,6 +74,7 @@ def train_together(workspace: Path, root: Path, config: Config, link: Link, say:
     scale = adapter.alpha / (adapter.rank**0.5 if adapter.method == "rslora" else adapter.rank)
     start, adapter_config, from_champion = _start(base, incumbent, config, scale)
     params = {name: getattr(config, name).model_dump(mode="json") for name in SECTIONS}
+    params["train"]["privacy"]["trainings"] = config.federate.rounds
     inputs = {
         "base": sha256_json(identity(base)),
         "params": sha256_json(params),
@@ -104,6 +105,8 @@ def train_together(workspace: Path, root: Path, config: Config, link: Link, say:
         config.federate.strategy,
         config.federate.secure,
         folded.missing,
+        max((part.epsilon for part in rounds[-1].nodes if part.epsilon is not None), default=None),
+        config.train.privacy.delta,
     )
     inputs["federation"] = run
     with whole_folder(workspace / "models/candidate") as folder:
@@ -138,10 +141,17 @@ def _start(
         described, weights = read_json(fresh / "adapter_config.json"), load_file(fresh / WEIGHTS)
     if config.train.start_from == "base" or read_json(incumbent / MANIFEST)["version"] is None:
         return Aggregate(weights, {}), described, False
-    theirs = read_trained_manifest(incumbent).adapter
+    manifest = read_trained_manifest(incumbent)
+    theirs, theirs_together = manifest.adapter, manifest.federation
     if (incumbent / "base").exists() or theirs.method not in ("lora", "qlora", "rslora"):
         raise BaseModelError(
             "the champion was trained on another base, or by a method without factors",
+            remedy="set `train.start_from: base`",
+        )
+    if config.train.privacy.epsilon and not (theirs_together and theirs_together.epsilon is not None):
+        raise BaseModelError(
+            f"train.privacy.epsilon is {config.train.privacy.epsilon:g}, and the champion has learned rows "
+            "without privacy: no noise hides that now",
             remedy="set `train.start_from: base`",
         )
     champion = load_file(incumbent / WEIGHTS)

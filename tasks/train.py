@@ -194,7 +194,9 @@ class Training:
                 remedy=f"set it under {1 / len(units):.1g}",
             )
         rate = min(1.0, privacy.batch_rows / sum(map(len, units)))
-        mechanism = noise_for(privacy.epsilon, privacy.delta, rate, max(1, math.ceil(train.epochs / rate)))
+        steps = max(1, math.ceil(train.epochs / rate))
+        whole = noise_for(privacy.epsilon, privacy.delta, rate, steps * privacy.trainings)
+        mechanism = Mechanism(whole.noise_multiplier, rate, steps)
         most = check_budget(read_spendings(ledger), mechanism, self._profile["batches"], privacy)
         self._spends = Spends(mechanism, units, most)
         say(

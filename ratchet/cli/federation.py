@@ -99,6 +99,10 @@ def join(
         int | None, typer.Option("--rounds-a-day", min=1, help="Rounds that this node takes part in a day.")
     ] = None,
     hours: Annotated[str, typer.Option("--hours", help="When it trains, such as 20-6.")] = "",
+    epsilon: Annotated[
+        float | None,
+        typer.Option("--epsilon", min=0.01, help="ε that it spends of its rows' privacy, at most, in all."),
+    ] = None,
 ) -> None:
     """Connect this checkout as a node, and train when asked, until `ratchet federate down`.
 
@@ -110,7 +114,7 @@ def join(
 
     root = find_root()
     if invitation:
-        accept(root, invitation, rounds_a_day, hours)
+        accept(root, invitation, rounds_a_day, hours, epsilon)
     node = read_node(root)
     _start(root, "node", node.url, root / FOLDER / READY, read_config(root))
     say(f"{node.name} is connected to {node.url}, and trains when asked: ratchet federate status")

@@ -168,6 +168,11 @@ class PrivacyConfig(Section):
         description="rows of a step, on average: each row is drawn with the same probability at every step. "
         "More rows a step lose less accuracy to the noise and take longer",
     )
+    trainings: Count = Field(
+        default=1,
+        description="trainings that share the `epsilon`, each with its part of the steps. Federated training "
+        "sets it to `federate.rounds`",
+    )
     budget: float | None = Field(
         default=None,
         gt=0,

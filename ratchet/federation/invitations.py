@@ -83,7 +83,9 @@ def _require_link(folder: Path) -> None:
         raise UserError("the coordinator's link does not run", remedy="ratchet federate up")
 
 
-def accept(root: Path, path: Path, rounds_a_day: int | None, hours: str) -> None:
+def accept(
+    root: Path, path: Path, rounds_a_day: int | None = None, hours: str = "", epsilon: float | None = None
+) -> None:
     """Take the coordinator's address and this node's key from an invitation.
 
     Raises UserError: it cannot be read, or holds no key and this node has none; or `hours` is no range.
@@ -108,7 +110,7 @@ def accept(root: Path, path: Path, rounds_a_day: int | None, hours: str) -> None
         )
     node_key(key)
     write_text(folder / NODE_AUTHORITY, found.authority)
-    settings = node.Node(found.name, found.url, rounds_a_day, hours)
+    settings = node.Node(found.name, found.url, rounds_a_day, hours, epsilon)
     write_json(folder / node.SETTINGS, msgspec.to_builtins(settings))
 
 

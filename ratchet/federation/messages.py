@@ -114,6 +114,7 @@ class Trained(msgspec.Struct, frozen=True, tag="trained", forbid_unknown_fields=
     seconds: float
     train_loss: float
     validation_loss: float | None
+    epsilon: float | None = None  # spent of the privacy of the node's rows, with earlier trainings
 
 
 class Published(msgspec.Struct, frozen=True, tag="published", forbid_unknown_fields=True):
@@ -210,9 +211,7 @@ def _metadata(data: bytes) -> dict[str, str]:
 def check_tensors(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
     """Raise DataError unless names, shapes and dtypes are those of `wanted`, and all numbers are finite."""
     if odd := sorted(tensors.keys() ^ wanted.keys()):
-        raise DataError(
-            f"the update holds other weights than asked for: {len(odd)}, such as {odd[0]}"
-        )
+        raise DataError(f"the update holds other weights than asked for: {len(odd)}, such as {odd[0]}")
     for name, tensor in tensors.items():
         seen, asked = (tuple(tensor.shape), tensor.dtype), (tuple(wanted[name].shape), wanted[name].dtype)
         if seen != asked:

@@ -38,6 +38,7 @@ from ratchet.federation.state import GLOBAL, KEPT
 from ratchet.files import read_json, sha256_json, whole_folder, write_bytes, write_json
 from ratchet.models.adapters import RESIDUAL
 from ratchet.models.loading import MANIFEST, WEIGHTS
+from ratchet.models.manifests import read_trained_manifest
 from ratchet.pipeline.stage import say
 
 FOLDER = Path(".ratchet/federation/node")
@@ -55,6 +56,7 @@ class Node(msgspec.Struct, frozen=True):
     url: str  # host:port
     rounds_a_day: int | None = None
     hours: str = ""  # such as 20-6: when it trains
+    epsilon: float | None = None  # of its rows' privacy that it spends at most, in all trainings
 
 
 class Done(msgspec.Struct, frozen=True):
@@ -68,6 +70,7 @@ class Done(msgspec.Struct, frozen=True):
     seconds: float
     train_loss: float
     validation_loss: float | None
+    epsilon: float | None = None  # spent of the rows' privacy, with earlier trainings
 
 
 class Refusal(UserError):
@@ -150,7 +153,8 @@ def _train(root: Path, folder: Path, message: Message) -> bytes:
     work = prepare(root, folder, asked.params, asked.base)
     run = folder / "work" / f"{asked.run}-{asked.round}"
     _write_start(run / "start", message)
-    candidate, reports = run / "candidate", run / "reports"
+    # The ledger of what was spent of the rows' privacy stands beside the reports, and stays.
+    candidate, reports = run / "candidate", folder / "trainings" / run.name
     _stage(
         root,
         "train",
@@ -165,6 +169,7 @@ def _train(root: Path, folder: Path, message: Message) -> bytes:
         {"RATCHET_ROOT": str(folder)},
     )
     figures, trained = read_json(reports / "figures.json"), load_file(candidate / WEIGHTS)
+    promise = read_trained_manifest(candidate).privacy
     rows = int(figures["rows"]["rows"])
     done = Done(
         dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
@@ -175,6 +180,7 @@ def _train(root: Path, folder: Path, message: Message) -> bytes:
         float(figures["seconds"]),
         float(figures["train_loss"]),
         figures["best_validation_loss"],
+        promise.epsilon_together if promise else None,
     )
     with (folder / ROUNDS).open("ab") as out:
         out.write(msgspec.json.encode(done) + b"\n")
@@ -185,6 +191,7 @@ def _train(root: Path, folder: Path, message: Message) -> bytes:
         seconds=done.seconds,
         train_loss=done.train_loss,
         validation_loss=done.validation_loss,
+        epsilon=done.epsilon,
     )
     if not asked.masked:
         return write_message(header, trained)
@@ -224,6 +231,15 @@ def prepare(root: Path, folder: Path, params: Mapping[str, Any], base: Mapping[s
     config |= {name: dict(params[name]) for name in ("tokenize", "train", "adapter")}
     # The global adapter stands where the champion does in a retraining, and has seen none of these rows.
     config["train"] |= {"start_from": "champion", "rows": "all"}
+    config["evaluate"] |= {"canaries": 0, "audit_canaries": 0}  # nothing is evaluated here
+    most, privacy = read_node(root).epsilon, config["train"]["privacy"]
+    if most is not None:
+        if privacy["epsilon"] is None or privacy["epsilon"] > most:
+            seen = "none" if privacy["epsilon"] is None else f"{privacy['epsilon']:g}"
+            raise Refusal(
+                f"this node's rows may spend ε = {most:g} at most, and the coordinator asks for {seen}"
+            )
+        config["train"]["privacy"] = privacy | {"budget": most}
     work = Work(folder / "base", folder / "prepared", folder / "tokenized", folder / "params.yaml")
     write_bytes(work.params, [json.dumps(config, indent=1).encode()])
     nobody = folder / "nobody"
@@ -315,7 +331,13 @@ def _write_start(folder: Path, message: Message) -> None:
         write_adapter(whole, parts[GLOBAL], asked.adapter_config)
         write_json(
             whole / MANIFEST,
-            {"version": 0, "batches": [], "adapter": asked.params["adapter"], "base": dict(asked.base)},
+            {
+                "version": 0,
+                "batches": [],
+                "adapter": asked.params["adapter"],
+                "base": dict(asked.base),
+                "privacy": None,  # the coordinator has seen to it that what it sends was learned with privacy
+            },
         )
         if parts[KEPT]:
             rank = next(tensor.shape[0] for name, tensor in parts[KEPT].items() if name.endswith(DOWN))

@@ -14,7 +14,6 @@ from statistics import median
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
-import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -25,9 +24,11 @@ from ratchet.federation.aggregation import Aggregate, LowRank
 from ratchet.federation.messages import write_message
 from ratchet.federation.secure import Sum
 from ratchet.federation.state import distance, read_state, state_tensors, updates_of, write_state
+from ratchet.federation.strategies import make_strategy
 from ratchet.files import read_json, write_bytes, write_json
 
 STATE, RECORD = "global.safetensors", "round.json"
+SERVER = "strategy.safetensors"  # what a strategy keeps from round to round
 STEP_SECONDS = 120.0  # that a node has for a step without training
 WAIT_SECONDS = 30.0  # between two looks for nodes that are away
 
@@ -67,6 +68,7 @@ class Part(msgspec.Struct, frozen=True):
     seconds: float
     train_loss: float
     validation_loss: float | None
+    epsilon: float | None = None  # spent of the privacy of its rows, with earlier trainings
 
 
 class Round(msgspec.Struct, frozen=True):
@@ -236,9 +238,14 @@ def _receive(
         except RatchetError as error:
             left_out[name] = str(error).splitlines()[0]
             continue
-        rows = None if settings.secure else trained.rows
         parts[node] = Part(
-            name, rows, trained.steps, trained.seconds, trained.train_loss, trained.validation_loss
+            name,
+            None if settings.secure else trained.rows,
+            trained.steps,
+            trained.seconds,
+            trained.train_loss,
+            trained.validation_loss,
+            trained.epsilon,
         )
         if not settings.secure:
             adapters[node] = message.tensors
@@ -288,19 +295,23 @@ def _aggregate(
     current: Aggregate, received: Received, folder: Path, number: int, settings: FederateConfig
 ) -> Aggregate:
     nodes = sorted(received.adapters, key=lambda node: received.parts[node].name)
-    adapters = [received.adapters[node] for node in nodes]
-    weights = [float(received.parts[node].rows or 0) for node in nodes]
-    if settings.strategy == "krum":
-        return Aggregate(adapters[aggregation.krum(adapters, settings.poisoned)], current.residual)
-    if settings.strategy == "trimmed_mean":
-        return Aggregate(aggregation.trimmed_mean(adapters, settings.poisoned), current.residual)
-    if settings.aggregation == "exact":
-        mean = aggregation.mean_exactly(adapters, weights)
-        return Aggregate(mean.adapter, _added(mean.residual, current.residual))
-    mean_weights = aggregation.mean_of_weights(adapters, weights)
-    if settings.strategy == "fedadam":
-        mean_weights = _step(current.adapter, mean_weights, folder, number, settings.server_learning_rate)
-    return Aggregate(mean_weights, current.residual)
+    before, after = (folder / f"round-{each}" / SERVER for each in (number - 1, number))
+    strategy = make_strategy(
+        settings.strategy,
+        exact=settings.aggregation == "exact",
+        poisoned=settings.poisoned,
+        learning_rate=settings.server_learning_rate,
+    )
+    combined = strategy.combine(
+        current.adapter,
+        [received.adapters[node] for node in nodes],
+        [float(received.parts[node].rows or 0) for node in nodes],
+        load_file(before) if before.exists() else {},
+    )
+    if combined.state:
+        write_bytes(after, [save(combined.state)])
+    found = combined.aggregate
+    return Aggregate(found.adapter, _added(found.residual, current.residual))
 
 
 def _added(one: Mapping[str, LowRank], other: Mapping[str, LowRank]) -> dict[str, LowRank]:
@@ -310,30 +321,6 @@ def _added(one: Mapping[str, LowRank], other: Mapping[str, LowRank]) -> dict[str
         parts = [part[layer] for part in (one, other) if layer in part]
         found[layer] = parts[0] if len(parts) == 1 else (parts[0] + parts[1]).cut()[0]
     return found
-
-
-BETAS, EPSILON = (0.9, 0.99), 1e-3  # of FedAdam, arXiv 2003.00295
-
-
-def _step(
-    before: Mapping[str, Tensor], mean: Mapping[str, Tensor], folder: Path, number: int, rate: float
-) -> dict[str, Tensor]:
-    """Return the adapter after a step of Adam, whose gradient is what the nodes' mean would change."""
-    kept: dict[str, Tensor] = {}
-    path = folder / f"round-{number - 1}" / "adam.safetensors"
-    moments = load_file(path) if path.exists() else {}
-    after = {}
-    for name, weight in before.items():
-        change = (mean[name] - weight).float()
-        first = BETAS[0] * moments.get(f"first:{name}", torch.zeros_like(change)) + (1 - BETAS[0]) * change
-        second = (
-            BETAS[1] * moments.get(f"second:{name}", torch.full_like(change, EPSILON**2))
-            + (1 - BETAS[1]) * change.square()
-        )
-        kept |= {f"first:{name}": first, f"second:{name}": second}
-        after[name] = (weight + rate * first / (second.sqrt() + EPSILON)).to(weight.dtype)
-    write_bytes(folder / f"round-{number}" / "adam.safetensors", [save(kept)])
-    return after
 
 
 def _sum(

@@ -60,7 +60,10 @@ def describe(found: Federation) -> list[str]:
     for title, rounds in (("round", found.rounds), ("last", found.last)):
         for each in rounds:
             loss = f", validation loss {each.validation_loss:.4f}" if each.validation_loss is not None else ""
-            took = ", ".join(part.name for part in each.nodes)
+            took = ", ".join(
+                part.name if part.epsilon is None else f"{part.name} (ε = {part.epsilon:.3g})"
+                for part in each.nodes
+            )
             sent = (each.sent_bytes + each.received_bytes) / 2**20
             lines.append(
                 f"{title:7} {each.number}: {took}; {each.rows} rows, training loss "
@@ -72,6 +75,8 @@ def describe(found: Federation) -> list[str]:
 
 def _told(done: Done) -> str:
     loss = f", validation loss {done.validation_loss:.4f}" if done.validation_loss is not None else ""
+    if done.epsilon is not None:
+        loss += f", ε = {done.epsilon:.3g} spent"
     return (
         f"round   {done.round} of {done.run} at {done.time}: {done.rows} rows, {done.steps} steps in "
         f"{done.seconds:.0f} s, training loss {done.train_loss:.4f}{loss}"

@@ -156,15 +156,19 @@ class Krum(NamedTuple):
         return Round(Aggregate(dict(adapters[krum(adapters, self.poisoned)]), {}), {})
 
 
-def make_strategy(name: StrategyName, *, exact: bool = True, poisoned: int = 1) -> Strategy:
-    """Return the strategy of a name; `exact` is for `fedavg`, `poisoned` for those that bear poison.
+def make_strategy(
+    name: StrategyName, *, exact: bool = True, poisoned: int = 1, learning_rate: float = 1e-2
+) -> Strategy:
+    """Return the strategy of a name.
+
+    `exact` is for `fedavg`, `learning_rate` for `fedadam`, `poisoned` for those that bear poison.
 
     Raises ConfigError: none has this name.
     """
     if name == "fedavg":
         return FedAvg(exact=exact)
     found: dict[str, Strategy] = {
-        "fedadam": FedAdam(),
+        "fedadam": FedAdam(learning_rate),
         "trimmed_mean": TrimmedMean(poisoned),
         "krum": Krum(poisoned),
     }

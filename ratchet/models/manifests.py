@@ -93,13 +93,16 @@ class Together(msgspec.Struct, frozen=True):
     strategy: str = "fedavg"
     secure: bool = False
     missing: float = 0.0  # share of a layer's update that the adapter's rank had no room for, at most
+    epsilon: float | None = None  # spent of the privacy of a node's rows, at most, with earlier trainings
+    delta: float = 0.0
 
     @property
     def told(self) -> str:
         seen = "the sum of updates alone was seen" if self.secure else "each node's update was seen"
         return (
             f"{len(self.nodes)} nodes ({', '.join(self.nodes)}) in {self.rounds} rounds on {self.rows} rows "
-            f"that stayed there; {self.strategy}, {self.aggregation}; {seen}"
+            f"that stayed there; {self.strategy}, {self.aggregation}; {seen}; "
+            + (f"ε = {self.epsilon:.3g}, δ = {self.delta:g}" if self.epsilon is not None else "no ε")
         )
 
 
