@@ -99,7 +99,26 @@ def retrain(
         check_lock(home)
         if region:
             land_region(workspace, region)
-        return go_round(workspace, config, reason, bring_up_to_date(workspace, force))
+        stale = bring_up_to_date(workspace, force)
+        if config.retrain.trains_with == "nodes":
+            return train_with_nodes(workspace, config, reason, stale)
+        return go_round(workspace, config, reason, stale)
+
+
+def train_with_nodes(workspace: Workspace, config: Config, reason: str, stale: set[str]) -> Retrained:
+    """Do what a retraining does, with the rounds of the federation in place of the stage `train`."""
+    from ratchet.federation.flower import FlowerLink
+    from tasks.federate import check_trainable, forget_run, train_together  # loads torch
+
+    home = workspace.root
+    check_trainable(config)
+
+    def train(inside: Workspace) -> None:
+        train_together(inside.path, home, config, FlowerLink(home), say)
+
+    found = go_round(workspace, config, reason, stale | {"train"}, train)
+    forget_run(home)
+    return found
 
 
 def go_round(

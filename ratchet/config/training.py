@@ -639,6 +639,11 @@ class RetrainConfig(Section):
         default=False,
         description="whether an ingest starts a retraining by itself, while the deployments are served",
     )
+    trains_with: Literal["rows", "nodes"] = Field(
+        default="rows",
+        description="what every retraining trains with, also one by schedule or drift: the rows of this "
+        "checkout, or the nodes of its federation, whose rows stay there (docs/federated.md)",
+    )
     keep_workspaces: int = Field(
         default=2, ge=0, description="failed workspaces of each kind of run that are kept for inspection"
     )

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -39,6 +38,7 @@ from ratchet.files import read_json, sha256_json, whole_folder, write_bytes, wri
 from ratchet.models.adapters import RESIDUAL
 from ratchet.models.loading import MANIFEST, WEIGHTS
 from ratchet.models.manifests import read_trained_manifest
+from ratchet.pipeline.checkout import child_environment
 from ratchet.pipeline.stage import say
 
 FOLDER = Path(".ratchet/federation/node")
@@ -306,7 +306,11 @@ def _once(root: Path, stage: str, out: Path, made: str, paths: Mapping[str, Path
 
 def _stage(root: Path, stage: str, paths: Mapping[str, Path], environment: Mapping[str, str]) -> None:
     flags = [part for name, path in paths.items() for part in (f"--{name}", str(path))]
-    ours = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "PREFECT_"))}
+    ours = {
+        name: value
+        for name, value in child_environment().items()
+        if not name.startswith(("MLFLOW_", "PREFECT_"))
+    }
     done = subprocess.run(
         [sys.executable, "-m", f"tasks.{stage}", *flags], cwd=root, env={**ours, **environment}, check=False
     )

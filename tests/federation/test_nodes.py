@@ -153,7 +153,8 @@ def test_a_node_killed_in_a_training_ends_in_the_same_bytes(world: World):
     )
     checkpoints = root / FOLDER / ".ratchet/checkpoints"
     until = time.monotonic() + scaled(120)
-    while not list(checkpoints.glob("*/step-*/manifest.json")) and process.poll() is None and time.monotonic() < until:
+    while not list(checkpoints.glob("*/step-*/manifest.json")):
+        assert process.poll() is None and time.monotonic() < until
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
