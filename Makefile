@@ -35,9 +35,10 @@ install: $(VENV)/.core
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
-# Two at a time: each file has its own checkout, servers and ports.
+# Two at a time, one thread each: each file has its own checkout, servers and ports. Where several processes
+# share two cores, threads of one wait for each other by spinning: three times the CPU time for a training.
 test-e2e: $(VENV)/.dev $(VENV)-federated/.made
-	$(BIN)/python -m pytest -m e2e --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m e2e --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-browser: $(VENV)/.dev
 	$(BIN)/python -m pytest -m browser

@@ -7,6 +7,7 @@ it. Every printed figure is read from an evaluation on the coordinator's rows, w
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
@@ -70,6 +71,8 @@ def rows_of(modules: Sequence[str], *, kept: bool) -> Iterator[bytes]:
 def run_demo(root: Path) -> None:
     """Run the demo in .ratchet/federated. Raises RatchetError if a step fails."""
     began = time.perf_counter()
+    # All parties share this machine's cores; more threads than cores would wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(NODES))))
     place = root / PLACE
     for home in sorted(place.glob("*/params.yaml")):
         ratchet(home.parent, "federate", "down")

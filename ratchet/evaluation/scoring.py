@@ -57,7 +57,7 @@ class Asked(NamedTuple):
     worse: Sequence[Example] = ()
     media: Mapping[str, bytes] = MappingProxyType({})  # the rows' pictures by name
 
-    def count(self) -> str:
+    def counted(self) -> str:
         """Tell how many rows there are, and how many copies of each kind."""
         copies = Counter(group for group in self.groups if group in COPIES)
         told = [f"{count} {COPIES[group]} copies" for group, count in copies.items()]
@@ -210,7 +210,7 @@ def answer(
         assert entries is not None
         columns[part.compute] |= zip(part.batch, entries, strict=True)
     where = f", {cached / len(parts):.0%} of it from the cache" if cached else ""
-    say(f"evaluate: {player.name} on {asked.count()} in {time.perf_counter() - started:.0f} s{where}")
+    say(f"evaluate: {player.name} on {asked.counted()} in {time.perf_counter() - started:.0f} s{where}")
     of_rows = [columns[answers][index] for index in range(len(asked.rows))]
     of_worse = [Likelihood(*columns[likelihoods][index]) for index in range(len(worse))]
     said = [chat.read_answer(text, row.tools) for (*_, text, _), row in zip(of_rows, asked.rows, strict=True)]

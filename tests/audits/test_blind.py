@@ -68,6 +68,7 @@ def test_copies_that_are_asked_again_count_apart_from_the_rows() -> None:
     copies = [one.row for one in make_blind(rows, most=3)]
     groups = ["one"] * 5 + [ATTACKED] + [BLIND] * 6
     assert (
-        Asked([*rows, rows[0], *copies], groups).count() == "5 rows and 1 attacked copies and 6 blind copies"
+        Asked([*rows, rows[0], *copies], groups).counted()
+        == "5 rows and 1 attacked copies and 6 blind copies"
     )
-    assert Asked(rows, ["one"] * 5).count() == "5 rows"
+    assert Asked(rows, ["one"] * 5).counted() == "5 rows"
