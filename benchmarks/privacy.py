@@ -2,12 +2,12 @@
 
     python -m benchmarks.privacy [--data ../shared/data/clinc150] [--epsilons 1,3,8] [--seeds 1] [--quick]
 
-The rows are four domains of queries that the base has not seen, a domain a batch, with the names of intents as
-answers; each arm trains on all of them from the base by the project's own stages tokenize and train. The base
-has the demo's shape and is pre-trained on four other domains. `none` is the plain training with as many
-passes, in the smaller steps and at the lower learning rate that suit it. Of the canaries of the audit each is planted with probability one half;
-`exposed` is the share of right guesses among them for the fifth of which the model seems surest, and `ε or
-more` the lower bound that follows from all guesses at 5 % error. One thread.
+The rows are four domains of queries that the base has not seen, a domain a batch, with the names of intents
+as answers; each arm trains on all of them from the base by the project's own stages tokenize and train. The
+base has the demo's shape and is pre-trained on four other domains. `none` is the plain training with as many
+passes, in the smaller steps and at the lower learning rate that suit it. Of the canaries of the audit each is
+planted with probability one half; `exposed` is the share of right guesses among them for the fifth of which
+the model seems surest, and `ε or more` the lower bound that follows from all guesses at 5 % error.
 """
 
 from __future__ import annotations
