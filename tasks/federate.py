@@ -87,6 +87,11 @@ def train_together(workspace: Path, root: Path, config: Config, link: Link, say:
     origin = "the champion" if from_champion else "the base"
     say(f"federate: run {run}, {config.federate.rounds} rounds, from {origin}")
     found, rounds = run_rounds(link, root / RUN / "rounds", start, plan, say)
+    if not any(each.moved for each in rounds):
+        raise BaseModelError(
+            "no round moved the weights: the nodes send back what they got",
+            remedy="look at a node's log; raise `train.learning_rate` or `train.epochs`",
+        )
     folded = fold(found, config.federate.max_rank)
     if folded.missing:
         say(f"federate: rank {folded.rank} has no room for {folded.missing:.2%} of a layer's update, at most")

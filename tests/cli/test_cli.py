@@ -36,6 +36,7 @@ COMMANDS = tuple(
         "export",
         "base",
         "plan",
+        "privacy",
         "sweep",
         "compare",
         "retrain",
@@ -62,6 +63,7 @@ GROUPS = {
     "keys": ("add", "list", "revoke"),
     "data": ("check", "rejected", "resubmit", "show", "erase"),
     "gate": ("plan", "explain"),
+    "federate": ("up", "down", "invite", "remove", "key", "join", "leave", "run", "status"),
     "review": ("status", "next", "accept", "reject", "edit", "undo", "export", "import"),
 }
 PARAMS = (

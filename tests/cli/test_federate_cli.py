@@ -1,0 +1,89 @@
+"""`ratchet federate` before anything runs: what is missing is said, nothing is half done."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+
+import pytest
+from command import ratchet
+
+from ratchet.config.docs import render_params
+from ratchet.config.params import Config
+from ratchet.federation import flower, node
+from ratchet.federation.certificates import node_key
+from ratchet.files import write_json
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    (tmp_path / "params.yaml").write_text(render_params(Config()))
+    return tmp_path
+
+
+def invitation(folder: Path, **changes: str) -> Path:
+    key = folder / "made"
+    node_key(key)
+    told = {"name": "north", "url": "here.example:8092", "authority": "PEM", "key": key.read_text()} | changes
+    path = folder / "north.invitation"
+    path.write_text(json.dumps(told))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["invite", "north"], "the coordinator's link does not run"),
+        (["remove", "north"], "no node is called north; there are none"),
+        (["join", "nothing.invitation"], "is no invitation"),
+        (["join"], "has joined no federation"),
+    ],
+)
+def test_what_is_missing_is_said(checkout, arguments, told):
+    done = ratchet("-C", str(checkout), "federate", *arguments)
+    assert done.returncode == 2 and told in done.stderr and "→" in done.stderr
+
+
+def test_a_name_that_is_none_or_taken_is_refused(checkout):
+    folder = checkout / flower.FOLDER
+    folder.mkdir(parents=True)
+    (folder / "ready.json").write_text("{}")
+    write_json(folder / "nodes.json", {"1": "north"})
+    for name, told in (("../north", "a node's name is '../north'"), ("north", "is called north already")):
+        done = ratchet("-C", str(checkout), "federate", "invite", name)
+        assert done.returncode == 2 and told in done.stderr
+    assert not list(checkout.glob("*.invitation"))
+
+
+def test_an_invitation_gives_a_node_its_key_and_limits(checkout, monkeypatch):
+    """The services are not started: Flower is looked for first."""
+    monkeypatch.setattr(flower.sys, "prefix", str(checkout / "venv"))
+    path = invitation(checkout)
+    arguments = ["--rounds-a-day", "3", "--hours", "20-6", "--epsilon", "8"]
+    done = ratchet("-C", str(checkout), "federate", "join", str(path), *arguments)
+    assert done.returncode == 2 and "make federated" in done.stderr
+    assert node.read_node(checkout) == node.Node("north", "here.example:8092", 3, "20-6", 8.0)
+    key = checkout / node.FOLDER / "key"
+    assert key.read_bytes() == (checkout / "made").read_bytes() and stat.S_IMODE(key.stat().st_mode) == 0o600
+    assert (
+        "north, of the coordinator at here.example:8092"
+        in ratchet("-C", str(checkout), "federate", "status").stdout
+    )
+    ratchet("-C", str(checkout), "federate", "leave")
+    assert not key.exists() and not (checkout / node.FOLDER / node.SETTINGS).exists()
+
+
+def test_an_invitation_without_a_key_needs_the_nodes_own(checkout):
+    path = invitation(checkout, key="")
+    done = ratchet("-C", str(checkout), "federate", "join", str(path))
+    assert done.returncode == 2 and "holds no key, and this checkout has none" in done.stderr
+    public = ratchet("-C", str(checkout), "federate", "key").stdout
+    assert public.startswith("ecdsa-sha2-nistp384 ")
+
+
+@pytest.mark.parametrize("hours", ["8", "8-25", "eight-nine", "-1-3"])
+def test_hours_that_are_none_are_refused(checkout, hours):
+    done = ratchet("-C", str(checkout), "federate", "join", str(invitation(checkout)), f"--hours={hours}")
+    assert done.returncode == 2 and "give two full hours" in done.stderr
+    assert not (checkout / node.FOLDER).exists()
