@@ -49,7 +49,7 @@ SETTINGS: dict[str, Any] = {
     "project": {"name": "federated"},
     "prepare": {"min_rows": 40},
     "tokenize": {"max_length": 128, "window": 256},
-    "train": {"epochs": 4.0, "learning_rate": 2.0e-3, "batch_windows": 8},
+    "train": {"epochs": 4.0, "learning_rate": 4.0e-3, "batch_windows": 4},
     "adapter": {"rank": 16, "alpha": 32.0},
     "evaluate": {"max_new_tokens": 8},
     "parity": {"rows": 40},

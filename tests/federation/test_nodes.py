@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from ratchet.config.base import Section
 from ratchet.config.params import Config
-from ratchet.config.training import BaseConfig
+from ratchet.config.training import BaseConfig, PrivacyConfig
 from ratchet.errors import UserError
 from ratchet.federation import messages
 from ratchet.federation.aggregation import Aggregate
@@ -198,3 +198,27 @@ def test_what_goes_wrong_in_a_stage_is_told_in_the_nodes_log_alone(
     with pytest.raises(UserError, match="the stage prepare ended with code 2; this node's log says why"):
         run_rounds(link, world.folder / "east-runs", world.start, world.plan(min_nodes=1), print)
     assert "min_rows" in link.log
+
+
+def test_rounds_share_an_epsilon_and_a_spent_budget_is_refused(world: World, raw_rows: list[dict[str, Any]]):
+    """Both rounds together spend what is asked for; then these rows have none left."""
+    pytest.importorskip("opacus")
+    privacy = {"epsilon": 8.0, "delta": 1e-3, "batch_rows": 16, "max_grad_norm": 1.0, "trainings": 2}
+    asked = put(world.config, train=put(world.config.train, privacy=PrivacyConfig(**privacy)))
+    root = make_node(world.folder / "west", world.config, raw_rows[1::3][:60], epsilon=9.0)
+    link = Direct({"west": root})
+    one = world._replace(config=asked)
+    found, records = run_rounds(
+        link, world.folder / "private", world.start, one.plan("p1", min_nodes=1), print
+    )
+    spent = [record.nodes[0].epsilon for record in records]
+    assert spent[0] is not None and spent[1] is not None and 0 < spent[0] < spent[1] <= 8.0
+    assert records[0].moved > 0 and found.adapter.keys() == world.start.adapter.keys()
+    with pytest.raises(UserError, match="the stage train ended with code 2"):
+        run_rounds(link, world.folder / "again", world.start, one.plan("p2", min_nodes=1), print)
+    assert "would overspend the privacy" in link.log
+    join(root, epsilon=1.0)
+    with pytest.raises(
+        UserError, match="this node's rows may spend ε = 1 at most, and the coordinator asks for 8"
+    ):
+        run_rounds(link, world.folder / "less", world.start, one.plan("p3", min_nodes=1), print)
