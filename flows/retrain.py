@@ -107,7 +107,7 @@ def retrain(
 
 def train_with_nodes(workspace: Workspace, config: Config, reason: str, stale: set[str]) -> Retrained:
     """Do what a retraining does, with the rounds of the federation in place of the stage `train`."""
-    from ratchet.federation.flower import FlowerLink
+    from ratchet.federation.link.flower import FlowerLink
     from tasks.federate import check_trainable, forget_run, train_together  # loads torch
 
     home = workspace.root

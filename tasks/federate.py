@@ -21,9 +21,12 @@ from safetensors.torch import load_file
 
 from ratchet.config.params import Config
 from ratchet.errors import BaseModelError, ConfigError
+from ratchet.evaluation.node_scores import FILE as SCORES
+from ratchet.evaluation.node_scores import Scores
 from ratchet.federation.aggregation import Aggregate, fold
+from ratchet.federation.messages import Score
 from ratchet.federation.node import identity, write_adapter
-from ratchet.federation.rounds import Link, Plan, Round, Say, run_rounds
+from ratchet.federation.rounds import Link, Plan, Round, Say, run_rounds, score_at_nodes
 from ratchet.federation.state import split
 from ratchet.files import read_json, sha256_json, whole_folder, write_json
 from ratchet.models.adapters import complete_version, load_trainable, save_trained
@@ -133,7 +136,35 @@ def train_together(workspace: Path, root: Path, config: Config, link: Link, say:
         )
     key = read_trained_manifest(workspace / "models/candidate").run_key
     weights = sum(tensor.numel() for tensor in start.adapter.values())
-    return _write_reports(workspace / "reports/train", rounds, profile, key, weights, config)
+    scores = None if config.federate.secure else _score(workspace, link, plan, config, say)
+    return _write_reports(workspace / "reports/train", rounds, scores, profile, key, weights, config)
+
+
+def _score(workspace: Path, link: Link, plan: Plan, config: Config, say: Say) -> Scores:
+    """Let the nodes compare the candidate with the champion, or the base, on their own held-out rows."""
+    champion = workspace / "models/incumbent"
+    folders = {"candidate": workspace / "models/candidate"}
+    if read_json(champion / MANIFEST)["version"] is not None and (champion / WEIGHTS).exists():
+        folders["champion"] = champion
+    tensors = {
+        f"{name}:{key}": tensor
+        for name, folder in folders.items()
+        for key, tensor in load_file(folder / WEIGHTS).items()
+    }
+    asked = Score(
+        run=plan.run,
+        params={**plan.params, "evaluate": config.evaluate.model_dump(mode="json")},
+        base=plan.base,
+        adapters={name: read_json(folder / "adapter_config.json") for name, folder in folders.items()},
+        records={name: read_json(folder / MANIFEST)["adapter"] for name, folder in folders.items()},
+        max_length=read_json(folders["candidate"] / MANIFEST)["max_length"],
+        metric=config.gate.metric,
+        least=config.federate.least_rows,
+    )
+    scores = score_at_nodes(link, plan, asked, tensors)
+    for name, reason in scores.left_out.items():
+        say(f"federate: no scores of {name}: {reason}")
+    return scores
 
 
 def _start(
@@ -189,7 +220,13 @@ def forget_run(root: Path) -> None:
 
 
 def _write_reports(
-    reports: Path, rounds: Sequence[Round], profile: Any, key: str, weights: int, config: Config
+    reports: Path,
+    rounds: Sequence[Round],
+    scores: Scores | None,
+    profile: Any,
+    key: str,
+    weights: int,
+    config: Config,
 ) -> Figures:
     steps = [max(part.steps for part in each.nodes) for each in rounds]
     best = min(
@@ -218,4 +255,6 @@ def _write_reports(
                 history.add(sum(steps[: place + 1]), values)
         write_json(folder / "figures.json", figures)
         write_json(folder / ROUNDS, msgspec.to_builtins(list(rounds)))
+        if scores:
+            write_json(folder / SCORES, msgspec.to_builtins(scores))
     return figures

@@ -18,11 +18,12 @@ from ratchet.config.evaluation import GateConfig, ParityConfig
 from ratchet.config.params import Config
 from ratchet.data.examples import read_examples
 from ratchet.errors import RatchetError
+from ratchet.evaluation.node_scores import FILE as NODES
 from ratchet.evaluation.report import Metrics, read_metrics
 from ratchet.files import read_json, write_json
 from ratchet.gate.alpha_budget import look_number, read_looks
 from ratchet.gate.decision import Evidence, Oldest, decide, judge_audits
-from ratchet.gate.guardrails import judge_parity
+from ratchet.gate.guardrails import judge_nodes, judge_parity
 from ratchet.gate.payoff import training_seconds
 from ratchet.gate.privacy import judge_privacy
 from ratchet.gate.tables import check_rows, read_scores, read_table
@@ -82,6 +83,7 @@ def judge(
         audits=[
             *judge_audits(evaluation, evaluated, scores, rival.model, config),
             *_judge_privacy(evaluation, evaluated, candidate, config),
+            *(judge_nodes(training / NODES, config) if together and training else []),
         ],
         parity=judge_parity(
             parity, adapter, parity_asked, merges=manifest.get("adapter", {}).get("method") not in PREFIXED

@@ -21,8 +21,8 @@ app = typer.Typer(
 @app.command("up")
 def up() -> None:
     """Start the coordinator's link to its nodes. Example: ratchet federate up"""
-    from ratchet.federation.flower import FOLDER
-    from ratchet.federation.party import READY
+    from ratchet.federation.link.flower import FOLDER
+    from ratchet.federation.link.party import READY
 
     root = find_root()
     config = read_config(root)
@@ -59,7 +59,7 @@ def invite(
 
     Example: ratchet federate invite hospital-a
     """
-    from ratchet.federation.invitations import invite as take_in
+    from ratchet.federation.link.invitations import invite as take_in
 
     root = find_root()
     path = take_in(root, read_config(root), name, out or Path(f"{name}.invitation"), public_key)
@@ -72,7 +72,7 @@ def remove(name: Annotated[str, typer.Argument(help="The node.")]) -> None:
 
     Example: ratchet federate remove hospital-a
     """
-    from ratchet.federation.invitations import remove as put_out
+    from ratchet.federation.link.invitations import remove as put_out
 
     root = find_root()
     put_out(root, read_config(root), name)
@@ -85,9 +85,9 @@ def remove(name: Annotated[str, typer.Argument(help="The node.")]) -> None:
 @app.command("key")
 def key() -> None:
     """Print this node's public key, for an invitation without a key. Example: ratchet federate key"""
-    from ratchet.federation.certificates import node_key
+    from ratchet.federation.link.certificates import node_key
+    from ratchet.federation.link.party import NODE_KEY
     from ratchet.federation.node import FOLDER
-    from ratchet.federation.party import NODE_KEY
 
     say(node_key(find_root() / FOLDER / NODE_KEY))
 
@@ -108,9 +108,9 @@ def join(
 
     Example: ratchet federate join hospital-a.invitation --hours 20-6
     """
-    from ratchet.federation.invitations import accept
+    from ratchet.federation.link.invitations import accept
+    from ratchet.federation.link.party import READY
     from ratchet.federation.node import FOLDER, read_node
-    from ratchet.federation.party import READY
 
     root = find_root()
     if invitation:
@@ -126,7 +126,7 @@ def leave() -> None:
 
     Example: ratchet federate leave
     """
-    from ratchet.federation.invitations import forget
+    from ratchet.federation.link.invitations import forget
 
     down()
     forget(find_root())
@@ -156,7 +156,7 @@ def status(as_json: Json = False) -> None:
 
 
 def _start(root: Path, side: str, settings: str, ready: Path, config: Config) -> None:
-    from ratchet.federation.flower import flower
+    from ratchet.federation.link.flower import flower
     from ratchet.services.specs import plan_federation
     from ratchet.services.supervisor import start_service
 

@@ -64,6 +64,11 @@ class FederateConfig(Section):
     round_minutes: float = Field(
         default=60.0, gt=0, description="minutes that a round waits for a node; later it goes on without it"
     )
+    least_rows: Count = Field(
+        default=20,
+        description="held-out rows of a node below which it sends no sums of their scores: a sum over few "
+        "rows would tell of single ones",
+    )
     host: str = Field(
         default="127.0.0.1",
         description="address on which nodes reach the coordinator, over TLS; `0.0.0.0` opens it to other "

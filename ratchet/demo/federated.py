@@ -146,7 +146,7 @@ def _make_coordinator(root: Path, base: Path) -> Path:
 
 def _make_node(root: Path, name: str, base: Path, whose: Sequence[str] = ()) -> Path:
     """Make a node with its rows, or with those of several nodes."""
-    more = {"prepare": {"test_share": 0.0, "validation_share": 0.1}}
+    more = {"prepare": {"test_share": 0.1, "validation_share": 0.1}}
     home = make_checkout(root, PLACE / name, _settings(base, more))
     path = home / ".ratchet/rows.jsonl"
     modules = " ".join(NODES[one] for one in whose or [name]).split()

@@ -17,6 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ratchet.errors import DataError
+from ratchet.evaluation.node_scores import Sums
 
 VERSION = 1  # of the messages; both sides have to speak the same
 MOST = 2**32  # bytes of one message
@@ -81,16 +82,19 @@ class Reveal(msgspec.Struct, frozen=True, tag="reveal", forbid_unknown_fields=Tr
 
 
 class Score(msgspec.Struct, frozen=True, tag="score", forbid_unknown_fields=True, kw_only=True):
-    """Ask a node to answer its own held-out rows with two adapters, and for counts and sums of the scores.
+    """Ask a node to answer its own held-out rows, and for counts and sums of the scores.
 
-    The tensors' names begin with `candidate:` and `champion:`; without the latter it is the base. A group of
-    fewer rows than `least` is left out.
+    The tensors' names begin with `candidate:` and `champion:`; without the latter the candidate is compared
+    with the base. A group of fewer rows than `least` is left out. `params` has the sections tokenize, train,
+    adapter and evaluate.
     """
 
     run: str
     params: dict[str, dict[str, Any]]
     base: dict[str, Any]
-    adapter_configs: dict[str, dict[str, Any]]
+    adapters: dict[str, dict[str, Any]]  # model → PEFT's description of its adapter
+    records: dict[str, dict[str, Any]]  # model → its section `adapter` of params.yaml
+    max_length: int  # of a row, in tokens
     metric: str
     least: int
 
@@ -133,16 +137,6 @@ class Masked(msgspec.Struct, frozen=True, tag="masked", forbid_unknown_fields=Tr
 class Revealed(msgspec.Struct, frozen=True, tag="revealed", forbid_unknown_fields=True):
     keys: dict[int, str]  # of nodes that dropped out → the share's value in hex
     seeds: dict[int, str]
-
-
-class Sums(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Of one group of rows: how many, the sums of both scores, of their differences and of the squares."""
-
-    rows: int
-    candidate: float
-    champion: float
-    difference: float
-    square: float
 
 
 class Scored(msgspec.Struct, frozen=True, tag="scored", forbid_unknown_fields=True):

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import msgspec
@@ -27,15 +28,17 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ratchet.config.params import load_config
+from ratchet.config.training import AdapterConfig
 from ratchet.errors import DataError, RatchetError, UserError
+from ratchet.evaluation.node_scores import read_groups
 from ratchet.federation import masking, messages
 from ratchet.federation.aggregation import DOWN
-from ratchet.federation.certificates import write_secret
+from ratchet.federation.link.certificates import write_secret
 from ratchet.federation.messages import Message, write_message
 from ratchet.federation.secure import tag_of, words_of
 from ratchet.federation.state import GLOBAL, KEPT
 from ratchet.files import read_json, sha256_json, whole_folder, write_bytes, write_json
-from ratchet.models.adapters import RESIDUAL
+from ratchet.models.adapters import RESIDUAL, complete_version
 from ratchet.models.loading import MANIFEST, WEIGHTS
 from ratchet.models.manifests import read_trained_manifest
 from ratchet.pipeline.checkout import child_environment
@@ -46,6 +49,20 @@ SETTINGS = "node.json"
 ROUNDS = "rounds.jsonl"
 IDENTITY = ("model", "revision", "files", "weights")  # of a base
 DAY = dt.timedelta(days=1)
+# Audits are the coordinator's: they would plant rows, or ask a judge on another machine.
+NO_AUDITS = {
+    "canaries": 0,
+    "audit_canaries": 0,
+    "bias_pairs": 0,
+    "blind_rows": 0,
+    "picture_features": 0,
+    "attacks": 0,
+    "groups": [],
+    "suites": [],
+    "custom": [],
+    "slices": [],
+    "judge": {},
+}
 KEPT_SECONDS = 7 * 86_400  # that a reply can be asked for again
 
 
@@ -211,10 +228,10 @@ def _clean(folder: Path, run: str) -> None:
             path.unlink()
 
 
-def _check_limits(root: Path) -> None:
+def _check_limits(root: Path, *, rounds: bool = True) -> None:
     node, now = read_node(root), dt.datetime.now(dt.UTC)
     lately = [done for done in read_rounds(root) if now - dt.datetime.fromisoformat(done.time) < DAY]
-    if node.rounds_a_day is not None and len(lately) >= node.rounds_a_day:
+    if rounds and node.rounds_a_day is not None and len(lately) >= node.rounds_a_day:
         raise Refusal(f"this node takes part in {node.rounds_a_day} rounds a day, and did so today")
     if node.hours and not _is_open(node.hours, dt.datetime.now().hour):
         raise Refusal(f"this node trains between {node.hours} o'clock of its own time")
@@ -225,13 +242,25 @@ def _is_open(hours: str, hour: int) -> bool:
     return first <= hour < last if first < last else hour >= first or hour < last
 
 
-def prepare(root: Path, folder: Path, params: Mapping[str, Any], base: Mapping[str, Any]) -> Work:
-    """Run the stages before the training where something changed since they ran. Raises Refusal."""
+def prepare(
+    root: Path,
+    folder: Path,
+    params: Mapping[str, Any],
+    base: Mapping[str, Any],
+    more: Mapping[str, Any] = MappingProxyType({}),
+) -> Work:
+    """Run the stages before the training where something changed since they ran.
+
+    `more` are sections for a stage after them. Raises Refusal.
+    """
     config = load_config(root / "params.yaml").model_dump(mode="json")
     config |= {name: dict(params[name]) for name in ("tokenize", "train", "adapter")}
     # The global adapter stands where the champion does in a retraining, and has seen none of these rows.
     config["train"] |= {"start_from": "champion", "rows": "all"}
-    config["evaluate"] |= {"canaries": 0, "audit_canaries": 0}  # nothing is evaluated here
+    config["gate"]["guardrails"] = []
+    for section, values in more.items():
+        config[section] |= values
+    config["evaluate"] |= NO_AUDITS
     most, privacy = read_node(root).epsilon, config["train"]["privacy"]
     if most is not None:
         if privacy["epsilon"] is None or privacy["epsilon"] > most:
@@ -355,6 +384,56 @@ def write_adapter(folder: Path, weights: Mapping[str, Tensor], config: Mapping[s
     write_json(folder / "adapter_config.json", dict(config))
 
 
+# --- evaluation ---
+
+
+def _score(root: Path, folder: Path, message: Message) -> bytes:
+    asked: messages.Score = message.header
+    _check_limits(root, rounds=False)
+    evaluate = {**asked.params["evaluate"], "metrics": [asked.metric]}
+    if asked.metric == "answer_nll":
+        evaluate["metrics"] = ["exact_match"]  # the likelihood is always measured
+    more = {"evaluate": evaluate, "gate": {"metric": asked.metric}}
+    work = prepare(root, folder, asked.params, asked.base, more)
+    run = folder / "work" / f"{asked.run}-score"
+    folders = {"candidate": run / "candidate", "champion": run / "champion"}
+    for name, home in folders.items():
+        weights = {
+            key.removeprefix(f"{name}:"): tensor
+            for key, tensor in message.tensors.items()
+            if key.startswith(f"{name}:")
+        }
+        if not weights:
+            continue
+        with whole_folder(home) as whole:
+            write_adapter(whole, weights, asked.adapters[name])
+            complete_version(
+                whole,
+                work.base,
+                run_key=f"{asked.run}-{name}",
+                inputs={},
+                batches=[],
+                profile={"max_length": asked.max_length},
+                adapter=AdapterConfig(**asked.records[name]),
+                more={"version": 0},
+            )
+    rival = "champion" if folders["champion"].exists() else "base"
+    paths = {
+        "params": work.params,
+        "prepared": work.prepared,
+        "base": work.base,
+        "incumbent": folders["champion"] if rival == "champion" else folder / "nobody",
+        "candidate": folders["candidate"],
+        "region": root / "data/region.json",
+        "own": root / "metrics",
+        "out": run / "evaluation",
+    }
+    _stage(root, "evaluate", paths, {"RATCHET_ROOT": str(folder)})
+    groups = read_groups(run / "evaluation/scores.parquet", asked.metric, rival, asked.least)
+    shutil.rmtree(run)
+    return write_message(messages.Scored(groups))
+
+
 # --- secure aggregation ---
 
 
@@ -422,6 +501,7 @@ def _reveal(root: Path, folder: Path, message: Message) -> bytes:
 ANSWERS: dict[Any, Callable[[Path, Path, Message], bytes]] = {
     messages.Join: _join,
     messages.Train: _train,
+    messages.Score: _score,
     messages.Keys: _keys,
     messages.Deal: _deal,
     messages.Mask: _mask,

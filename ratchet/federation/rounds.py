@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ratchet.config.federation import FederateConfig
 from ratchet.errors import RatchetError, UserError
+from ratchet.evaluation.node_scores import Scores, Sums, check_sums
 from ratchet.federation import aggregation, messages
 from ratchet.federation.aggregation import Aggregate, LowRank
 from ratchet.federation.messages import write_message
@@ -348,3 +349,31 @@ def _sum(
         received.received_bytes + summed.received_bytes,
     )
     return Aggregate(summed.weights, current.residual), summed.rows, found
+
+
+def score_at_nodes(link: Link, plan: Plan, asked: messages.Score, tensors: Mapping[str, Tensor]) -> Scores:
+    """Ask the nodes that are connected to compare candidate and rival on their own held-out rows.
+
+    A node that does not answer with sums is named; none has to.
+    """
+    nodes, request = link.nodes(), write_message(asked, tensors)
+    replies = link.ask(dict.fromkeys(nodes, request), plan.settings.round_minutes * 60, f"{plan.run}-score")
+    found: dict[str, dict[str, Sums]] = {}
+    left_out = {}
+    for node, name in nodes.items():
+        reply = replies.get(node, "it did not answer")
+        try:
+            if isinstance(reply, str):
+                raise UserError(reply)
+            header = messages.read_reply(reply).header
+            if not isinstance(header, messages.Scored):
+                raise UserError(getattr(header, "reason", f"it sent {type(header).__name__}"))
+            if fault := check_sums(header.groups, asked.least):
+                raise UserError(fault)
+            if not header.groups:
+                raise UserError(f"it has fewer than {asked.least} held-out rows")
+            found[name] = header.groups
+        except RatchetError as error:
+            left_out[name] = str(error).splitlines()[0]
+    rival = "champion" if "champion" in asked.adapters else "base"
+    return Scores(asked.metric, rival, found, left_out)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import msgspec
 
-from ratchet.federation import flower, node
-from ratchet.federation.flower import read_names
+from ratchet.federation import node
+from ratchet.federation.link import flower
+from ratchet.federation.link.flower import read_names
 from ratchet.federation.node import Done, Node, read_node, read_rounds
 from ratchet.federation.rounds import RECORD, Round
 from ratchet.files import read_json

@@ -21,12 +21,23 @@ from ratchet.evaluation.audit_tables import (
     rows_of_groups,
     withstood,
 )
+from ratchet.evaluation.node_scores import ALL, Scores, gain_of
 from ratchet.evaluation.paired import AGAIN, LOWER_IS_BETTER, measured, paired_gains
 from ratchet.evaluation.report import Agreement, Judged, Suite
 from ratchet.evaluation.slices import groups
 from ratchet.evaluation.statistics import Interval, Values
 from ratchet.files import read_json
-from ratchet.gate.checks import exceeds, interval_of, make_check, no_worse, reaches, tell_gain, unmeasured
+from ratchet.gate.checks import (
+    NO_WORSE,
+    exceeds,
+    interval_of,
+    make_check,
+    no_worse,
+    reaches,
+    tell_gain,
+    tell_needed,
+    unmeasured,
+)
 from ratchet.promotion.verdict import Check, Result
 
 if TYPE_CHECKING:
@@ -376,3 +387,26 @@ def _distance(gains: Values, margin: float) -> float:
     """Return the number of standard errors by which the gain is over -margin; the lowest looks worst."""
     over, error = float(gains.mean()) + margin, float(gains.std()) / math.sqrt(len(gains))
     return over / error if error else math.copysign(math.inf, over)
+
+
+def judge_nodes(path: Path, config: GateConfig) -> list[Check]:
+    """Check that the candidate is no worse on the held-out rows of a federation's nodes, which stay there.
+
+    `path` holds the nodes' sums (`ratchet.evaluation.node_scores`); without it there is no such check. A loss
+    of `gate.past_margin` is still taken.
+    """
+    if not path.exists():
+        return []
+    scores = msgspec.convert(read_json(path), Scores)
+    if (sums := scores.together.get(ALL)) is None:
+        return []  # no node holds rows out, or none was there; the log of the training names them
+    found = gain_of(sums, config.guardrail_alpha)
+    result = reaches(found, -config.past_margin)
+    rows = f"{sums.rows} rows of {len(scores.nodes)} nodes"
+    told = tell_gain(scores.metric, found, rows, scores.rival, NO_WORSE, result)
+    reason = f"guardrail nodes: {told}, a loss of {config.past_margin:g} is still taken"
+    if result == "unclear":
+        reason += f"; {tell_needed(found, config.past_margin, sums.rows)}"
+    if scores.left_out:
+        reason += f"; without {', '.join(sorted(scores.left_out))}"
+    return [make_check("nodes", scores.metric, found, sums.rows, -config.past_margin, result, reason)]

@@ -165,7 +165,7 @@ def _drop(environment: Mapping[str, str], prefix: str) -> dict[str, str]:
 
 
 def plan_federation(root: Path, side: str, settings: str, config: Config) -> Plan:
-    """Plan one side of a federation: "coordinator" or "node" (`ratchet.federation.party`)."""
+    """Plan one side of a federation: "coordinator" or "node" (`ratchet.federation.link.party`)."""
     coordinator = side == "coordinator"
     environment = {
         **_drop(_drop(os.environ, "MLFLOW_"), "PREFECT_"),
@@ -177,7 +177,7 @@ def plan_federation(root: Path, side: str, settings: str, config: Config) -> Pla
         config.federate.port,
         "federate.port" if coordinator else None,
         f"{side}: {settings}",
-        [sys.executable, "-m", "ratchet.federation.party", side],
+        [sys.executable, "-m", "ratchet.federation.link.party", side],
         root,
         environment,
     )

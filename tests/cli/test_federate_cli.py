@@ -11,8 +11,9 @@ from command import ratchet
 
 from ratchet.config.docs import render_params
 from ratchet.config.params import Config
-from ratchet.federation import flower, node
-from ratchet.federation.certificates import node_key
+from ratchet.federation import node
+from ratchet.federation.link import flower
+from ratchet.federation.link.certificates import node_key
 from ratchet.files import write_json
 
 

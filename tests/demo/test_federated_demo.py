@@ -20,7 +20,7 @@ import pytest
 from ratchet.config.params import load_config
 from ratchet.demo.federated import COORDINATOR, NODES, PLACE, ROUNDS
 from ratchet.evaluation.report import read_metrics
-from ratchet.federation.flower import FOLDER
+from ratchet.federation.link.flower import FOLDER
 from ratchet.federation.node import read_rounds
 from ratchet.models.manifests import read_trained_manifest
 from ratchet.promotion.champion import read_champion

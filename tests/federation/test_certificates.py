@@ -9,7 +9,7 @@ import pytest
 from cryptography import x509
 
 from ratchet.errors import UserError
-from ratchet.federation.certificates import AUTHORITY, CERTIFICATE, KEY, make_certificates, node_key
+from ratchet.federation.link.certificates import AUTHORITY, CERTIFICATE, KEY, make_certificates, node_key
 
 
 def names_of(folder: Path) -> list[str]:

@@ -1,8 +1,8 @@
 """Carry messages between the coordinator and its nodes with Flower, which has an environment of its own.
 
-The coordinator runs a SuperLink on loopback, a proxy that shows nodes their part (`link/fleet_proxy.py`), and
-a ServerApp that moves bytes between files and nodes (`link/relay.py`). A node runs a SuperNode and a loop
-that calls its own command (`link/node_app.py`). Each side is one service (`ratchet.federation.party`).
+The coordinator runs a SuperLink on loopback, a proxy that shows nodes their part (`fleet_proxy.py`), and
+a ServerApp that moves bytes between files and nodes (`relay.py`). A node runs a SuperNode and a loop
+that calls its own command (`node_app.py`). Each side is one service (`ratchet.federation.link.party`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ratchet.files import read_json, write_bytes, write_json, write_text
 from ratchet.services.environment import HOST, NO_TELEMETRY
 
 FOLDER = Path(".ratchet/federation/coordinator")
-LINK = Path(__file__).parent / "link"
+LINK = Path(__file__).parent
 ALIVE_SECONDS = 60.0  # without a sign of the relay after which it counts as gone
 APP = """[build-system]
 requires = ["hatchling"]

@@ -16,10 +16,11 @@ import msgspec
 
 from ratchet.config.params import Config
 from ratchet.errors import RatchetError, UserError
-from ratchet.federation import flower, node
-from ratchet.federation.certificates import AUTHORITY, node_key, write_secret
-from ratchet.federation.flower import Control, read_names
-from ratchet.federation.party import NODE_AUTHORITY, NODE_KEY, READY
+from ratchet.federation import node
+from ratchet.federation.link import flower
+from ratchet.federation.link.certificates import AUTHORITY, node_key, write_secret
+from ratchet.federation.link.flower import Control, read_names
+from ratchet.federation.link.party import NODE_AUTHORITY, NODE_KEY, READY
 from ratchet.files import write_json, write_text
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")

@@ -1,4 +1,4 @@
-"""Run one side of a federation, until SIGTERM: `python -m ratchet.federation.party coordinator` (or `node`).
+"""Run one side of a federation until SIGTERM: `python -m ratchet.federation.link.party coordinator|node`.
 
 It starts Flower's processes, and ends when one of them ends, so that the service is seen to be down.
 """
@@ -19,9 +19,10 @@ import psutil
 
 from ratchet.config.params import Config, load_config
 from ratchet.errors import RatchetError, ServiceError
-from ratchet.federation import flower, node
-from ratchet.federation.certificates import AUTHORITY, CERTIFICATE, KEY, make_certificates
-from ratchet.federation.flower import LINK, Control, flower_environment
+from ratchet.federation import node
+from ratchet.federation.link import flower
+from ratchet.federation.link.certificates import AUTHORITY, CERTIFICATE, KEY, make_certificates
+from ratchet.federation.link.flower import LINK, Control, flower_environment
 from ratchet.files import write_json
 from ratchet.pipeline.stage import project_root, say
 from ratchet.services.environment import HOST

@@ -1,0 +1,1 @@
+"""How coordinator and nodes reach each other: certificates, invitations, Flower's processes."""
