@@ -283,16 +283,16 @@ def prepare(
     )
     paths = {"params": work.params, "out": work.base, "proof": folder / "proof.json"}
     _once(root, "base", work.base, made, paths)
-    if (seen := identity(work.base)) != dict(base):
-        odd = next(key for key in IDENTITY if seen[key] != base.get(key))
+    if (ours := identity(work.base)) != dict(base):
+        odd = next(key for key in IDENTITY if ours[key] != base.get(key))
         raise Refusal(
-            f"this node's base is another one: its {odd} is {_short(seen[odd])}, the coordinator's "
+            f"this node's base is another one: its {odd} is {_short(ours[odd])}, the coordinator's "
             f"{_short(base.get(odd))}; set `base.model` and `base.revision` as the coordinator has them"
         )
     inputs = [data / "raw", data / "golden.jsonl", forgotten]
     made = _made({"prepare": config["prepare"], "files": list(_stamps(inputs))})
-    paths = {"raw": data / "raw", "golden": data / "golden.jsonl", "forgotten": forgotten}
-    _once(root, "prepare", work.prepared, made, {"params": work.params, **paths, "out": work.prepared})
+    raw = {"raw": data / "raw", "golden": data / "golden.jsonl", "forgotten": forgotten}
+    _once(root, "prepare", work.prepared, made, {"params": work.params, **raw, "out": work.prepared})
     made = _made(
         {
             "before": made,

@@ -24,11 +24,12 @@ from ratchet.config.base import Section
 from ratchet.config.params import Config
 from ratchet.config.training import BaseConfig, PrivacyConfig
 from ratchet.errors import UserError
+from ratchet.evaluation.node_scores import ALL
 from ratchet.federation import messages
 from ratchet.federation.aggregation import Aggregate
 from ratchet.federation.messages import write_message
 from ratchet.federation.node import FOLDER, handle, identity, read_rounds
-from ratchet.federation.rounds import Plan, run_rounds
+from ratchet.federation.rounds import Plan, run_rounds, score_at_nodes
 from ratchet.federation.state import state_tensors
 from ratchet.files import read_json
 from ratchet.models.adapters import load_trainable, save_trained
@@ -222,3 +223,30 @@ def test_rounds_share_an_epsilon_and_a_spent_budget_is_refused(world: World, raw
         UserError, match="this node's rows may spend ε = 1 at most, and the coordinator asks for 8"
     ):
         run_rounds(link, world.folder / "less", world.start, one.plan("p3", min_nodes=1), print)
+
+
+def test_nodes_score_their_own_rows_and_send_sums(world: World, raw_rows: list[dict[str, Any]]):
+    """An adapter whose B is zero answers as the base does, so every difference is zero."""
+    config = put(world.config, prepare=put(world.config.prepare, test_share=0.3))
+    root = make_node(world.folder / "held", config, raw_rows[2::3][:80])
+    plan, described = world.plan("scored"), read_json(world.folder / "start/adapter_config.json")
+    asked = messages.Score(
+        run="scored",
+        params={**plan.params, "evaluate": world.config.evaluate.model_dump(mode="json")},
+        base=plan.base,
+        adapters={"candidate": described},
+        records={"candidate": world.config.adapter.model_dump(mode="json")},
+        max_length=96,
+        metric="answer_nll",
+        least=5,
+    )
+    tensors = {f"candidate:{name}": tensor for name, tensor in world.start.adapter.items()}
+    link = Direct({"held": root})
+    found = score_at_nodes(link, plan, asked, tensors)
+    assert not found.left_out, (found.left_out, link.log)
+    sums = found.nodes["held"][ALL]
+    assert found.rival == "base" and 10 <= sums.rows <= 40
+    assert sums.candidate < 0 and sums.candidate == pytest.approx(sums.rival)
+    assert sums.difference == pytest.approx(0, abs=1e-6) and sums.square == pytest.approx(0, abs=1e-6)
+    few = score_at_nodes(link, plan, msgspec.structs.replace(asked, run="few", least=1000), tensors)
+    assert few.nodes == {} and few.left_out == {"held": "it has fewer than 1000 held-out rows"}
