@@ -26,7 +26,8 @@ from ratchet.evaluation.node_scores import Scores
 from ratchet.federation.aggregation import Aggregate, fold
 from ratchet.federation.messages import Score
 from ratchet.federation.node import identity, write_adapter
-from ratchet.federation.rounds import Link, Plan, Round, Say, run_rounds, score_at_nodes
+from ratchet.federation.records import Round
+from ratchet.federation.rounds import Link, Plan, Say, run_rounds, score_at_nodes
 from ratchet.federation.state import split
 from ratchet.files import read_json, sha256_json, whole_folder, write_json
 from ratchet.models.adapters import complete_version, load_trainable, save_trained

@@ -37,6 +37,8 @@ def test_every_layer_is_a_package_of_its_own(layer):
         "ratchet.data.examples",
         "ratchet.config.docs",
         "ratchet.cli.main",
+        "ratchet.federation.link.party",
+        "ratchet.federation.status",
     ],
 )
 def test_what_starts_fast_imports_nothing_slow(module):

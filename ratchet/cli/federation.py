@@ -87,9 +87,9 @@ def key() -> None:
     """Print this node's public key, for an invitation without a key. Example: ratchet federate key"""
     from ratchet.federation.link.certificates import node_key
     from ratchet.federation.link.party import NODE_KEY
-    from ratchet.federation.node import FOLDER
+    from ratchet.federation.records import NODE
 
-    say(node_key(find_root() / FOLDER / NODE_KEY))
+    say(node_key(find_root() / NODE / NODE_KEY))
 
 
 @app.command("join")
@@ -110,13 +110,13 @@ def join(
     """
     from ratchet.federation.link.invitations import accept
     from ratchet.federation.link.party import READY
-    from ratchet.federation.node import FOLDER, read_node
+    from ratchet.federation.records import NODE, read_node
 
     root = find_root()
     if invitation:
         accept(root, invitation, rounds_a_day, hours, epsilon)
     node = read_node(root)
-    _start(root, "node", node.url, root / FOLDER / READY, read_config(root))
+    _start(root, "node", node.url, root / NODE / READY, read_config(root))
     say(f"{node.name} is connected to {node.url}, and trains when asked: ratchet federate status")
 
 

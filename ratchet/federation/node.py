@@ -35,6 +35,7 @@ from ratchet.federation import masking, messages
 from ratchet.federation.aggregation import DOWN
 from ratchet.federation.link.certificates import write_secret
 from ratchet.federation.messages import Message, write_message
+from ratchet.federation.records import NODE, TOOK_PART, Done, read_node, read_rounds
 from ratchet.federation.secure import tag_of, words_of
 from ratchet.federation.state import GLOBAL, KEPT
 from ratchet.files import read_json, sha256_json, whole_folder, write_bytes, write_json
@@ -44,9 +45,6 @@ from ratchet.models.manifests import read_trained_manifest
 from ratchet.pipeline.checkout import child_environment
 from ratchet.pipeline.stage import say
 
-FOLDER = Path(".ratchet/federation/node")
-SETTINGS = "node.json"
-ROUNDS = "rounds.jsonl"
 IDENTITY = ("model", "revision", "files", "weights")  # of a base
 DAY = dt.timedelta(days=1)
 # Audits are the coordinator's: they would plant rows, or ask a judge on another machine.
@@ -66,30 +64,6 @@ NO_AUDITS = {
 KEPT_SECONDS = 7 * 86_400  # that a reply can be asked for again
 
 
-class Node(msgspec.Struct, frozen=True):
-    """A node's own settings: where its coordinator is, and what it is ready to do."""
-
-    name: str
-    url: str  # host:port
-    rounds_a_day: int | None = None
-    hours: str = ""  # such as 20-6: when it trains
-    epsilon: float | None = None  # of its rows' privacy that it spends at most, in all trainings
-
-
-class Done(msgspec.Struct, frozen=True):
-    """A round that this node took part in, as a line of rounds.jsonl."""
-
-    time: str
-    run: str
-    round: int
-    rows: int
-    steps: int
-    seconds: float
-    train_loss: float
-    validation_loss: float | None
-    epsilon: float | None = None  # spent of the rows' privacy, with earlier trainings
-
-
 class Refusal(UserError):
     """A reason that the coordinator may read: it holds nothing of the node's rows."""
 
@@ -102,7 +76,7 @@ def identity(base: Path) -> dict[str, Any]:
 
 def handle(root: Path, data: bytes) -> bytes:
     """Return the reply to a request. What fails becomes a reply as well: Refused."""
-    folder = root / FOLDER
+    folder = root / NODE
     kept = folder / "replies" / f"{_sha256(data)}.safetensors"
     if kept.exists():
         return kept.read_bytes()
@@ -124,25 +98,6 @@ def _sha256(data: bytes) -> str:
     import hashlib
 
     return hashlib.sha256(data).hexdigest()
-
-
-def read_node(root: Path) -> Node:
-    """Read the node's settings. Raises UserError: it has not joined."""
-    try:
-        return msgspec.convert(read_json(root / FOLDER / SETTINGS), Node)
-    except RatchetError:
-        raise UserError(
-            "this checkout has joined no federation", remedy="ratchet federate join INVITATION"
-        ) from None
-
-
-def read_rounds(root: Path) -> list[Done]:
-    path = root / FOLDER / ROUNDS
-    return (
-        [msgspec.json.decode(line, type=Done) for line in path.read_bytes().splitlines()]
-        if path.exists()
-        else []
-    )
 
 
 # --- training ---
@@ -199,7 +154,7 @@ def _train(root: Path, folder: Path, message: Message) -> bytes:
         figures["best_validation_loss"],
         promise.epsilon_together if promise else None,
     )
-    with (folder / ROUNDS).open("ab") as out:
+    with (folder / TOOK_PART).open("ab") as out:
         out.write(msgspec.json.encode(done) + b"\n")
     header = messages.Trained(
         rows=0 if asked.masked else rows,  # the sum tells the rows of all

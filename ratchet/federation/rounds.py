@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple, Protocol
@@ -23,12 +23,13 @@ from ratchet.evaluation.node_scores import Scores, Sums, check_sums
 from ratchet.federation import aggregation, messages
 from ratchet.federation.aggregation import Aggregate, LowRank
 from ratchet.federation.messages import write_message
+from ratchet.federation.records import RECORD, Part, Round
 from ratchet.federation.secure import Sum
 from ratchet.federation.state import distance, read_state, state_tensors, updates_of, write_state
 from ratchet.federation.strategies import make_strategy
 from ratchet.files import read_json, write_bytes, write_json
 
-STATE, RECORD = "global.safetensors", "round.json"
+STATE = "global.safetensors"
 SERVER = "strategy.safetensors"  # what a strategy keeps from round to round
 STEP_SECONDS = 120.0  # that a node has for a step without training
 WAIT_SECONDS = 30.0  # between two looks for nodes that are away
@@ -58,51 +59,6 @@ class Plan(NamedTuple):
     adapter_config: dict[str, Any]
     scale: float
     settings: FederateConfig
-
-
-class Part(msgspec.Struct, frozen=True):
-    """What a node did in a round; under secure aggregation its rows are not known."""
-
-    name: str
-    rows: int | None
-    steps: int
-    seconds: float
-    train_loss: float
-    validation_loss: float | None
-    epsilon: float | None = None  # spent of the privacy of its rows, with earlier trainings
-
-
-class Round(msgspec.Struct, frozen=True):
-    """The record of a round. `left_out`: name → reason. `moved`: norm of the update's change."""
-
-    number: int
-    factors: str
-    nodes: list[Part]
-    left_out: dict[str, str]
-    rows: int
-    seconds: float
-    sent_bytes: int
-    received_bytes: int
-    moved: float
-
-    @property
-    def train_loss(self) -> float:
-        return _mean(self.nodes, "train_loss")
-
-    @property
-    def validation_loss(self) -> float | None:
-        return (
-            _mean(self.nodes, "validation_loss")
-            if all(part.validation_loss is not None for part in self.nodes)
-            else None
-        )
-
-
-def _mean(parts: Sequence[Part], what: str) -> float:
-    """Weighted by rows where they are known."""
-    weights = [part.rows if part.rows is not None else 1 for part in parts]
-    values = [float(getattr(part, what)) for part in parts]
-    return sum(weight * value for weight, value in zip(weights, values, strict=True)) / sum(weights)
 
 
 class Received(NamedTuple):

@@ -6,11 +6,9 @@ from pathlib import Path
 
 import msgspec
 
-from ratchet.federation import node
 from ratchet.federation.link import flower
 from ratchet.federation.link.flower import read_names
-from ratchet.federation.node import Done, Node, read_node, read_rounds
-from ratchet.federation.rounds import RECORD, Round
+from ratchet.federation.records import RECORD, Done, Node, Round, read_node, read_rounds
 from ratchet.files import read_json
 from ratchet.services.specs import FEDERATION
 from ratchet.services.supervisor import is_running
@@ -32,14 +30,14 @@ def see_federation(root: Path) -> Federation:
     runs, names = is_running(root, FEDERATION), read_names(folder)
     connected = folder / "exchange/nodes.json"
     here = set(read_json(connected)) if runs and connected.exists() else set()
-    records = sorted(
+    rounds = sorted(
         (folder / "run/rounds").glob(f"round-*/{RECORD}"), key=lambda path: int(path.parent.name[6:])
     )
-    joined = (root / node.FOLDER / node.SETTINGS).exists()
+    joined = (root / records.NODE / records.SETTINGS).exists()
     return Federation(
         runs,
         {name: number in here for number, name in names.items()},
-        [msgspec.convert(read_json(path), Round) for path in records],
+        [msgspec.convert(read_json(path), Round) for path in rounds],
         msgspec.convert(read_json(reports), list[Round]) if reports.exists() else [],
         read_node(root) if joined else None,
         read_rounds(root),

@@ -11,7 +11,7 @@ from command import ratchet
 
 from ratchet.config.docs import render_params
 from ratchet.config.params import Config
-from ratchet.federation import node
+from ratchet.federation import records
 from ratchet.federation.link import flower
 from ratchet.federation.link.certificates import node_key
 from ratchet.files import write_json
@@ -64,15 +64,15 @@ def test_an_invitation_gives_a_node_its_key_and_limits(checkout, monkeypatch):
     arguments = ["--rounds-a-day", "3", "--hours", "20-6", "--epsilon", "8"]
     done = ratchet("-C", str(checkout), "federate", "join", str(path), *arguments)
     assert done.returncode == 2 and "make federated" in done.stderr
-    assert node.read_node(checkout) == node.Node("north", "here.example:8092", 3, "20-6", 8.0)
-    key = checkout / node.FOLDER / "key"
+    assert records.read_node(checkout) == records.Node("north", "here.example:8092", 3, "20-6", 8.0)
+    key = checkout / records.NODE / "key"
     assert key.read_bytes() == (checkout / "made").read_bytes() and stat.S_IMODE(key.stat().st_mode) == 0o600
     assert (
         "north, of the coordinator at here.example:8092"
         in ratchet("-C", str(checkout), "federate", "status").stdout
     )
     ratchet("-C", str(checkout), "federate", "leave")
-    assert not key.exists() and not (checkout / node.FOLDER / node.SETTINGS).exists()
+    assert not key.exists() and not (checkout / records.NODE / records.SETTINGS).exists()
 
 
 def test_an_invitation_without_a_key_needs_the_nodes_own(checkout):
@@ -87,4 +87,4 @@ def test_an_invitation_without_a_key_needs_the_nodes_own(checkout):
 def test_hours_that_are_none_are_refused(checkout, hours):
     done = ratchet("-C", str(checkout), "federate", "join", str(invitation(checkout)), f"--hours={hours}")
     assert done.returncode == 2 and "give two full hours" in done.stderr
-    assert not (checkout / node.FOLDER).exists()
+    assert not (checkout / records.NODE).exists()

@@ -21,7 +21,7 @@ from ratchet.config.params import load_config
 from ratchet.demo.federated import COORDINATOR, NODES, PLACE, ROUNDS
 from ratchet.evaluation.report import read_metrics
 from ratchet.federation.link.flower import FOLDER
-from ratchet.federation.node import read_rounds
+from ratchet.federation.records import read_rounds
 from ratchet.models.manifests import read_trained_manifest
 from ratchet.promotion.champion import read_champion
 from ratchet.promotion.verdict import read_verdict

@@ -14,7 +14,7 @@ import msgspec
 
 from ratchet.config.params import Config
 from ratchet.data.batches import write_batch
-from ratchet.federation.node import FOLDER, SETTINGS, Node
+from ratchet.federation.records import NODE, SETTINGS, Node
 from ratchet.files import write_json, write_text
 
 
@@ -39,8 +39,8 @@ def make_node(root: Path, config: Config, rows: list[dict[str, Any]], **limits: 
 
 def join(root: Path, **limits: Any) -> None:
     settings = Node(root.name, "127.0.0.1:1", **limits)
-    (root / FOLDER).mkdir(parents=True, exist_ok=True)
-    write_json(root / FOLDER / SETTINGS, msgspec.to_builtins(settings))
+    (root / NODE).mkdir(parents=True, exist_ok=True)
+    write_json(root / NODE / SETTINGS, msgspec.to_builtins(settings))
 
 
 class Direct:
@@ -66,7 +66,7 @@ class Direct:
         return found
 
     def call(self, root: Path, request: bytes) -> bytes | str:
-        asked, reply = root / FOLDER / "request", root / FOLDER / "reply"
+        asked, reply = root / NODE / "request", root / NODE / "reply"
         asked.write_bytes(request)
         reply.unlink(missing_ok=True)
         environment = {name: value for name, value in os.environ.items() if name != "RATCHET_ROOT"}

@@ -28,7 +28,8 @@ from ratchet.evaluation.node_scores import ALL
 from ratchet.federation import messages
 from ratchet.federation.aggregation import Aggregate
 from ratchet.federation.messages import write_message
-from ratchet.federation.node import FOLDER, handle, identity, read_rounds
+from ratchet.federation.node import handle, identity
+from ratchet.federation.records import NODE, read_rounds
 from ratchet.federation.rounds import Plan, run_rounds, score_at_nodes
 from ratchet.federation.state import state_tensors
 from ratchet.files import read_json
@@ -123,7 +124,7 @@ def test_one_node_is_central_training_byte_for_byte(world: World):
     reply = world.link.call(world.link.roots["north"], request(world, "alone"))
     assert isinstance(reply, bytes)
     learned = messages.read_reply(reply).tensors
-    work, out = world.link.roots["north"] / FOLDER, world.folder / "central"
+    work, out = world.link.roots["north"] / NODE, world.folder / "central"
     paths = {"tokens": work / "tokenized", "base": work / "base", "incumbent": work / "nobody"}
     paths |= {"out": out / "candidate", "reports": out / "reports"}
     flags = [part for name, path in paths.items() for part in (f"--{name}", str(path))]
@@ -144,7 +145,7 @@ def test_a_node_killed_in_a_training_ends_in_the_same_bytes(world: World):
     """The coordinator asks again; the training goes on from its checkpoint."""
     root = world.link.roots["south"]
     whole = world.link.call(root, request(world, "whole"))
-    asked, reply = root / FOLDER / "request", root / FOLDER / "reply"
+    asked, reply = root / NODE / "request", root / NODE / "reply"
     asked.write_bytes(request(world, "killed"))
     reply.unlink(missing_ok=True)
     process = subprocess.Popen(
@@ -152,7 +153,7 @@ def test_a_node_killed_in_a_training_ends_in_the_same_bytes(world: World):
         cwd=root,
         start_new_session=True,
     )
-    checkpoints = root / FOLDER / ".ratchet/checkpoints"
+    checkpoints = root / NODE / ".ratchet/checkpoints"
     until = time.monotonic() + scaled(120)
     while not list(checkpoints.glob("*/step-*/manifest.json")):
         assert process.poll() is None and time.monotonic() < until

@@ -18,6 +18,7 @@ from ratchet.federation import messages, node
 from ratchet.federation.aggregation import DOWN, UP, Aggregate, fold, layers_of
 from ratchet.federation.masking import encode
 from ratchet.federation.messages import Trained, read_request, write_message
+from ratchet.federation.records import NODE
 from ratchet.federation.rounds import Plan, run_rounds
 from ratchet.federation.secure import words_of
 from ratchet.federation.state import GLOBAL, KEPT, read_state, split, state_tensors, updates_of, write_state
@@ -283,7 +284,7 @@ class Secure(Crafted):
         factors = asked.params["train"]["factors"]
         learned = self.learn(name, asked.round, start, factors)
         self.words[name] = words_of(learned, start, self.rows[name], factors)
-        home = root / node.FOLDER / "work" / f"{asked.run}-{asked.round}"
+        home = root / NODE / "work" / f"{asked.run}-{asked.round}"
         home.mkdir(parents=True, exist_ok=True)
         write_bytes(home / "words.npy", [self.words[name].tobytes()])
         header = self.header(name)

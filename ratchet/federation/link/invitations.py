@@ -16,7 +16,7 @@ import msgspec
 
 from ratchet.config.params import Config
 from ratchet.errors import RatchetError, UserError
-from ratchet.federation import node
+from ratchet.federation import records
 from ratchet.federation.link import flower
 from ratchet.federation.link.certificates import AUTHORITY, node_key, write_secret
 from ratchet.federation.link.flower import Control, read_names
@@ -99,7 +99,7 @@ def accept(
         raise UserError(
             f"{path} is no invitation: {error}", remedy="ask the coordinator: ratchet federate invite NAME"
         ) from None
-    folder = root / node.FOLDER
+    folder = root / records.NODE
     key = folder / NODE_KEY
     if found.key:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -111,16 +111,16 @@ def accept(
         )
     node_key(key)
     write_text(folder / NODE_AUTHORITY, found.authority)
-    settings = node.Node(found.name, found.url, rounds_a_day, hours, epsilon)
-    write_json(folder / node.SETTINGS, msgspec.to_builtins(settings))
+    settings = records.Node(found.name, found.url, rounds_a_day, hours, epsilon)
+    write_json(folder / records.SETTINGS, msgspec.to_builtins(settings))
 
 
 def forget(root: Path) -> None:
     """Remove a node's key and settings, and all that rounds left but their records."""
     import shutil
 
-    folder = root / node.FOLDER
-    for name in (NODE_KEY, NODE_AUTHORITY, node.SETTINGS):
+    folder = root / records.NODE
+    for name in (NODE_KEY, NODE_AUTHORITY, records.SETTINGS):
         (folder / name).unlink(missing_ok=True)
     for name in ("work", "replies", "supernode"):
         with contextlib.suppress(OSError, RatchetError):

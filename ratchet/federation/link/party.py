@@ -19,7 +19,7 @@ import psutil
 
 from ratchet.config.params import Config, load_config
 from ratchet.errors import RatchetError, ServiceError
-from ratchet.federation import node
+from ratchet.federation import records
 from ratchet.federation.link import flower
 from ratchet.federation.link.certificates import AUTHORITY, CERTIFICATE, KEY, make_certificates
 from ratchet.federation.link.flower import LINK, Control, flower_environment
@@ -124,7 +124,7 @@ def run_coordinator(root: Path, config: Config) -> None:
 
 def run_node(root: Path) -> None:
     """Run SuperNode and loop. Raises ServiceError when one of them ends."""
-    folder, settings = root / node.FOLDER, node.read_node(root)
+    folder, settings = root / records.NODE, records.read_node(root)
     with _children(folder) as children, socket.socket() as probe:
         probe.bind((HOST, 0))
         port = probe.getsockname()[1]

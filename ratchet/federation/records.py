@@ -1,0 +1,106 @@
+"""What is remembered of a federation: a node's settings and rounds, and those of the coordinator.
+
+Nothing here loads torch, so commands and services start fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from ratchet.errors import RatchetError, UserError
+from ratchet.files import read_json
+
+NODE = Path(".ratchet/federation/node")  # a node's files, in its checkout
+SETTINGS, TOOK_PART = "node.json", "rounds.jsonl"
+RECORD = "round.json"  # of one round, at the coordinator
+
+
+class Node(msgspec.Struct, frozen=True):
+    """A node's own settings: where its coordinator is, and what it is ready to do."""
+
+    name: str
+    url: str  # host:port
+    rounds_a_day: int | None = None
+    hours: str = ""  # such as 20-6: when it trains
+    epsilon: float | None = None  # of its rows' privacy that it spends at most, in all trainings
+
+
+class Done(msgspec.Struct, frozen=True):
+    """A round that this node took part in, as a line of rounds.jsonl."""
+
+    time: str
+    run: str
+    round: int
+    rows: int
+    steps: int
+    seconds: float
+    train_loss: float
+    validation_loss: float | None
+    epsilon: float | None = None  # spent of the rows' privacy, with earlier trainings
+
+
+def read_node(root: Path) -> Node:
+    """Read the node's settings. Raises UserError: it has not joined."""
+    try:
+        return msgspec.convert(read_json(root / NODE / SETTINGS), Node)
+    except RatchetError:
+        raise UserError(
+            "this checkout has joined no federation", remedy="ratchet federate join INVITATION"
+        ) from None
+
+
+def read_rounds(root: Path) -> list[Done]:
+    path = root / NODE / TOOK_PART
+    return (
+        [msgspec.json.decode(line, type=Done) for line in path.read_bytes().splitlines()]
+        if path.exists()
+        else []
+    )
+
+
+class Part(msgspec.Struct, frozen=True):
+    """What a node did in a round; under secure aggregation its rows are not known."""
+
+    name: str
+    rows: int | None
+    steps: int
+    seconds: float
+    train_loss: float
+    validation_loss: float | None
+    epsilon: float | None = None  # spent of the privacy of its rows, with earlier trainings
+
+
+class Round(msgspec.Struct, frozen=True):
+    """The record of a round. `left_out`: name → reason. `moved`: norm of the update's change."""
+
+    number: int
+    factors: str
+    nodes: list[Part]
+    left_out: dict[str, str]
+    rows: int
+    seconds: float
+    sent_bytes: int
+    received_bytes: int
+    moved: float
+
+    @property
+    def train_loss(self) -> float:
+        return _mean(self.nodes, "train_loss")
+
+    @property
+    def validation_loss(self) -> float | None:
+        return (
+            _mean(self.nodes, "validation_loss")
+            if all(part.validation_loss is not None for part in self.nodes)
+            else None
+        )
+
+
+def _mean(parts: Sequence[Part], what: str) -> float:
+    """Weighted by rows where they are known."""
+    weights = [part.rows if part.rows is not None else 1 for part in parts]
+    values = [float(getattr(part, what)) for part in parts]
+    return sum(weight * value for weight, value in zip(weights, values, strict=True)) / sum(weights)
