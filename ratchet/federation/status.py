@@ -8,7 +8,7 @@ import msgspec
 
 from ratchet.federation.link import flower
 from ratchet.federation.link.flower import read_names
-from ratchet.federation.records import RECORD, Done, Node, Round, read_node, read_rounds
+from ratchet.federation.records import NODE, RECORD, SETTINGS, Done, Node, Round, read_node, read_rounds
 from ratchet.files import read_json
 from ratchet.services.specs import FEDERATION
 from ratchet.services.supervisor import is_running
@@ -33,7 +33,7 @@ def see_federation(root: Path) -> Federation:
     rounds = sorted(
         (folder / "run/rounds").glob(f"round-*/{RECORD}"), key=lambda path: int(path.parent.name[6:])
     )
-    joined = (root / records.NODE / records.SETTINGS).exists()
+    joined = (root / NODE / SETTINGS).exists()
     return Federation(
         runs,
         {name: number in here for number, name in names.items()},
