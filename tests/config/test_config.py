@@ -528,3 +528,17 @@ def test_preferences_go_with_what_can_measure_them(change, said):
     Config.model_validate(PREFERENCES)
     with pytest.raises(ValueError, match=said):
         Config.model_validate(PREFERENCES | change)
+
+
+@pytest.mark.parametrize(
+    ("train", "said"),
+    [
+        ({"proximal": -0.1}, "train.proximal"),
+        ({"proximal": float("inf")}, "train.proximal"),
+        ({"optimizer": "sgd", "learning_rate": 0.1, "proximal": 11}, "proximal 11 times .* is over 1"),
+    ],
+)
+def test_a_pull_to_the_start_that_would_go_beyond_it_is_refused(train, said):
+    Config.model_validate({"train": {**train, "proximal": 1}})
+    with pytest.raises(ValueError, match=said):
+        Config.model_validate({"train": train})
