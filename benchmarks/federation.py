@@ -53,7 +53,7 @@ from ratchet.files import sha256_json, whole_folder
 if TYPE_CHECKING:
     from ratchet.federation.aggregation import Aggregate
     from ratchet.federation.personal import Choice
-    from ratchet.federation.strategies import Strategy
+    from ratchet.federation.strategies import Strategy, StrategyName
     from ratchet.models.chat_template import Encoded
 
 Adapter = dict[str, Any]  # tensors by the names that PEFT saves them under
@@ -67,7 +67,7 @@ NAMES = {
     "personal": "exact + personal adapters",
     "clusters": "exact + clusters",
 }
-STRATEGIES = ("fedavg", "trimmed_mean", "krum")
+STRATEGIES: tuple[StrategyName, ...] = ("fedavg", "trimmed_mean", "krum")
 POISONS = ("none", "scaled", "flipped", "labels")
 
 
@@ -130,7 +130,7 @@ def measure(data: Path, parts: list[str], size: Size, kept: Path | None) -> Iter
     """Yield a dict per seed and Dirichlet parameter, then one per seed with poison."""
     units = [("nodes", seed, alpha) for seed in range(size.seeds) for alpha in ALPHAS if "nodes" in parts]
     units += [("poison", seed, EQUAL) for seed in range(size.poisoned) if "poison" in parts]
-    known, key = {}, list(size._replace(seeds=0, poisoned=0, counts=list(size.counts)))
+    known, key = {}, json.loads(json.dumps(size._replace(seeds=0, poisoned=0)))
     if kept and (kept / RUNS).exists():
         runs = map(json.loads, (kept / RUNS).read_text(encoding="utf-8").splitlines())
         known = {(run["part"], run["seed"], run["alpha"]): run for run in runs if run["size"] == key}
@@ -220,6 +220,7 @@ class Bench:
 
         train = self.config.train
         window = self.config.tokenize.window
+        assert isinstance(window, int)
         windows = pack(rows, window)
         steps = max(1, math.ceil(epochs * count_batches(windows, train.batch_windows)))
         self._put(start)
@@ -366,14 +367,13 @@ def deal(bench: Bench, rows: Rows, alpha: float, seed: int, nodes: int, least: i
             break
     found = []
     for node in range(nodes):
-        parts = {
-            name: [pair for pair, place in zip(getattr(rows, name), places, strict=True) if place == node]
+        train, validation = (
+            [pair for pair, place in zip(getattr(rows, name), places, strict=True) if place == node]
             for name, places in given.items()
-        }
-        own = np.bincount([intent for _, intent in parts["train"]], minlength=intents)
-        found.append(
-            Node(*(bench.encode([row for row, _ in part]) for part in parts.values()), own / own.sum())
         )
+        own = np.bincount([intent for _, intent in train], minlength=intents)
+        encoded = [bench.encode([row for row, _ in part]) for part in (train, validation)]
+        found.append(Node(encoded[0], encoded[1], own / own.sum()))
     return found
 
 

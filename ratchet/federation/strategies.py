@@ -93,7 +93,8 @@ class FedAdam(NamedTuple):
     ) -> Round:
         check_round(self.least_nodes, before, adapters, weights)
         mean = mean_of_weights(adapters, weights)
-        adapter, kept = {}, {}
+        adapter: dict[str, Tensor] = {}
+        kept: dict[str, Tensor] = {}
         for name, weight in before.items():
             start = weight.double()
             moved = mean[name].double() - start
