@@ -11,6 +11,7 @@ import hashlib
 import os
 import random
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,9 +69,14 @@ def unread(data: Path) -> list[str]:
     return [name for name in read_json(data / "domains.json") if name not in READ]
 
 
-def read_domain(data: Path, name: str, counts: Counts, seed: int) -> Domain:
-    """Draw a domain's rows by `seed`; the domain is their batch."""
+def read_domain(data: Path, name: str, counts: Counts, seed: int, *, enough: bool = False) -> Domain:
+    """Draw a domain's rows by `seed`; the domain is their batch.
+
+    With `enough`, intents with fewer training queries than asked for are left out.
+    """
     texts, intents = read_json(data / "data_full.json"), read_json(data / "domains.json")[name]
+    drawn = Counter(label for query, label in texts["train"] if _is_drawn(query))
+    intents = [intent for intent in intents if not enough or drawn[intent] >= counts.train]
     parts = []
     for split, count in (("train", counts.train), ("val", counts.validation), ("test", counts.test)):
         rows = []

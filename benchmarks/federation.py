@@ -334,7 +334,7 @@ class Node(NamedTuple):
 
 def read_rows(data: Path, seed: int, size: Size) -> Rows:
     domains = [
-        read_domain(data, name, size.counts, seed)
+        read_domain(data, name, size.counts, seed, enough=True)
         for name in random.Random(f"domains {seed}").sample(unread(data), size.domains)
     ]
     drawn = random.Random(f"intents {seed}")
