@@ -17,7 +17,7 @@ from ratchet.errors import ConfigError, DataError, UserError
 from ratchet.federation.aggregation import (
     Adapter,
     Aggregate,
-    krum,
+    krum_order,
     mean_exactly,
     mean_of_weights,
     trimmed_mean,
@@ -139,35 +139,38 @@ class TrimmedMean(NamedTuple):
 
 
 class Krum(NamedTuple):
-    """The adapter of the node whose update has the nearest neighbours (arXiv 1703.02757).
+    """The exact mean of the nodes whose updates have the nearest neighbours (arXiv 1703.02757).
 
-    Nodes count alike, as with the trimmed mean.
+    `kept` nodes: 1 is Krum itself, which learns from one node's rows in a round; more of them are Multi-Krum,
+    at most as many as are not poisoned. Nodes count alike, as with the trimmed mean.
     """
 
     poisoned: int = 1  # nodes that may send anything
+    kept: int = 1
 
     @property
     def least_nodes(self) -> int:
-        return 2 * self.poisoned + 3
+        return max(2 * self.poisoned + 3, self.poisoned + self.kept)
 
     def combine(
         self, before: Adapter, adapters: Sequence[Adapter], weights: Sequence[float], state: State
     ) -> Round:
         check_round(self.least_nodes, before, adapters, weights)
-        return Round(Aggregate(dict(adapters[krum(adapters, self.poisoned)]), {}), {})
+        chosen = krum_order(adapters, self.poisoned)[: self.kept]
+        return Round(mean_exactly([adapters[node] for node in chosen], [1.0] * self.kept), {})
 
 
-def make_strategy(name: StrategyName, *, exact: bool = True, poisoned: int = 1) -> Strategy:
+def make_strategy(name: StrategyName, *, exact: bool = True, poisoned: int = 1, kept: int = 1) -> Strategy:
     """Return the strategy of a name; `exact` is for `fedavg`, `poisoned` for those that bear poison.
 
-    Raises ConfigError: none has this name.
+    `kept` nodes make the mean of `krum`. Raises ConfigError: none has this name.
     """
     if name == "fedavg":
         return FedAvg(exact=exact)
     found: dict[str, Strategy] = {
         "fedadam": FedAdam(),
         "trimmed_mean": TrimmedMean(poisoned),
-        "krum": Krum(poisoned),
+        "krum": Krum(poisoned, kept),
     }
     if name not in found:
         raise ConfigError(
