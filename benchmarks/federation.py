@@ -53,7 +53,7 @@ from ratchet.files import sha256_json, whole_folder
 if TYPE_CHECKING:
     from ratchet.federation.aggregation import Aggregate
     from ratchet.federation.personal import Choice
-    from ratchet.federation.strategies import Strategy, StrategyName
+    from ratchet.federation.strategies import Strategy
     from ratchet.models.chat_template import Encoded
 
 Adapter = dict[str, Any]  # tensors by the names that PEFT saves them under
@@ -67,7 +67,7 @@ NAMES = {
     "personal": "exact + personal adapters",
     "clusters": "exact + clusters",
 }
-STRATEGIES: tuple[StrategyName, ...] = ("fedavg", "trimmed_mean", "krum")
+STRATEGIES = ("fedavg", "trimmed_mean", "krum", "multi_krum")
 POISONS = ("none", "scaled", "flipped", "labels")
 
 
@@ -92,7 +92,7 @@ class Size(NamedTuple):
     proximal: float = 0.05
 
 
-FULL = Size(5, 2, 5, Counts(40, 16, 30), 10, 10, 24, 1.0, 20.0, 8, 600, 3, 8)
+FULL = Size(5, 2, 5, Counts(40, 16, 30), 10, 10, 24, 1.0, 20.0, 8, 600, 3, 16)
 QUICK = Size(1, 1, 4, Counts(8, 4, 4), 5, 2, 2, 1.0, 2.0, 1, 20, 1, 1)
 ALPHAS = (1.0, 0.1)
 EQUAL = 1000.0  # Dirichlet parameter at which nodes have the same shares, nearly
@@ -130,7 +130,8 @@ def measure(data: Path, parts: list[str], size: Size, kept: Path | None) -> Iter
     """Yield a dict per seed and Dirichlet parameter, then one per seed with poison."""
     units = [("nodes", seed, alpha) for seed in range(size.seeds) for alpha in ALPHAS if "nodes" in parts]
     units += [("poison", seed, EQUAL) for seed in range(size.poisoned) if "poison" in parts]
-    known, key = {}, json.loads(json.dumps(size._replace(seeds=0, poisoned=0)))
+    known = {}
+    key = json.loads(json.dumps(size._replace(seeds=0, poisoned=0)))
     if kept and (kept / RUNS).exists():
         runs = map(json.loads, (kept / RUNS).read_text(encoding="utf-8").splitlines())
         known = {(run["part"], run["seed"], run["alpha"]): run for run in runs if run["size"] == key}
@@ -588,8 +589,14 @@ def table_of_nodes(runs: list[dict[str, Any]], size: Size) -> list[str]:
 
 def poison_part(bench: Bench, data: Path, seed: int, alpha: float, size: Size) -> dict[str, Any]:
     """Return the global model's accuracy on all test rows, by strategy and poison of one of five nodes."""
-    from ratchet.federation.strategies import make_strategy
+    from ratchet.federation.strategies import FedAvg, Krum, TrimmedMean
 
+    strategies: dict[str, Strategy] = {
+        "fedavg": FedAvg(),
+        "trimmed_mean": TrimmedMean(1),
+        "krum": Krum(1),
+        "multi_krum": Krum(1, kept=4),
+    }
     rows = read_rows(data, seed, size)
     test = bench.encode([row for row, _ in rows.test])
     start = bench.begin(seed)
@@ -612,7 +619,7 @@ def poison_part(bench: Bench, data: Path, seed: int, alpha: float, size: Size) -
 
             try:
                 found = play(
-                    bench, start, taking_part, make_strategy(name), rounds, size.poison_rounds, send=send
+                    bench, start, taking_part, strategies[name], rounds, size.poison_rounds, send=send
                 )
                 accuracy[name][poison] = float(bench.score(found.outcome, test)[0].mean())
             except DivergenceError:
@@ -646,7 +653,12 @@ def table_of_poison(runs: list[dict[str, Any]], size: Size) -> list[str]:
         "|---|---|---|---|---|",
     ]
     honest = [run["fedavg"]["none"] for run in found]
-    titles = {"fedavg": "FedAvg, exact", "trimmed_mean": "trimmed mean", "krum": "Krum"}
+    titles = {
+        "fedavg": "FedAvg, exact",
+        "trimmed_mean": "trimmed mean",
+        "krum": "Krum",
+        "multi_krum": "Multi-Krum, four kept",
+    }
     for name in STRATEGIES:
         cells = [_points([run[name][poison] for run in found], honest) for poison in POISONS[1:]]
         lines.append(
