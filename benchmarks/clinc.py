@@ -11,6 +11,7 @@ import hashlib
 import os
 import random
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,9 +69,14 @@ def unread(data: Path) -> list[str]:
     return [name for name in read_json(data / "domains.json") if name not in READ]
 
 
-def read_domain(data: Path, name: str, counts: Counts, seed: int) -> Domain:
-    """Draw a domain's rows by `seed`; the domain is their batch."""
+def read_domain(data: Path, name: str, counts: Counts, seed: int, *, enough: bool = False) -> Domain:
+    """Draw a domain's rows by `seed`; the domain is their batch.
+
+    With `enough`, intents with fewer training queries than asked for are left out.
+    """
     texts, intents = read_json(data / "data_full.json"), read_json(data / "domains.json")[name]
+    drawn = Counter(label for query, label in texts["train"] if _is_drawn(query))
+    intents = [intent for intent in intents if not enough or drawn[intent] >= counts.train]
     parts = []
     for split, count in (("train", counts.train), ("val", counts.validation), ("test", counts.test)):
         rows = []
@@ -111,11 +117,11 @@ def settings(steps: int, epochs: float, seed: int, **train: Any) -> Config:
     )
 
 
-def make_base(folder: Path, data: Path, counts: Counts, config: BaseConfig) -> None:
+def make_base(folder: Path, data: Path, counts: Counts, config: BaseConfig, *, names: bool = False) -> None:
     """Pre-train a base on four domains.
 
     It also learns to repeat queries of the others, which are used for nothing else, so that it knows their
-    words but not their intents.
+    words but not their intents; with `names` it also repeats the names of their intents, ten times each.
     """
     from ratchet.demo.base_model import make_tokenizer, pretrain
     from ratchet.models.chat_template import ChatFormat
@@ -126,6 +132,7 @@ def make_base(folder: Path, data: Path, counts: Counts, config: BaseConfig) -> N
     others = {intent for name, part in intents.items() if name not in READ for intent in part}
     spoken = [query for query, intent in texts["train"] if intent in others and not _is_drawn(query)]
     spoken = random.Random(0).sample(spoken, min(len(spoken), 4 * len(read)))
+    spoken += [intent.replace("_", " ") for intent in sorted(others)] * 10 if names else []
     read += [
         make_example([Message("user", f"Repeat: {query}"), Message("assistant", query)], {"batch": "base"})
         for query in spoken

@@ -476,6 +476,7 @@ def _schedule(num_batches: int, computed: str, config: Config) -> Schedule:
         optimizer=train.optimizer,
         checkpoint_activations=train.checkpoint_activations,
         neftune_alpha=train.neftune_alpha,
+        proximal=train.proximal,
         compile=train.compile,
         liger=train.liger,
         compute=computed,

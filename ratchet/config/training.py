@@ -336,6 +336,13 @@ class TrainConfig(Section):
         description="which factors of an update of LoRA's family are trained. Federated training sets it: "
         "with `federate.aggregation: alternate` its rounds train `up` (B) and `down` (A) in turn",
     )
+    proximal: float = Field(
+        default=0.0,
+        ge=0,
+        description="weight mu of the term mu / 2 · ‖weights - start‖², which keeps the trained weights near "
+        "those that the training starts from (FedProx, arXiv 1812.06127), for nodes of a federation whose "
+        "rows differ; 0.001 to 1 is usual; 0: none",
+    )
     evaluations: Count = Field(default=8, description="measurements of the validation loss during a training")
     patience: Count = Field(
         default=3,
@@ -370,6 +377,15 @@ class TrainConfig(Section):
             raise ValueError(
                 f"train.objective is {self.objective}, train.{key} is {getattr(self, key)!r}: only `sft` "
                 "takes it, since preferences compare the model with its own start"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _nearing_the_start(self) -> TrainConfig:
+        if self.optimizer == "sgd" and self.proximal * self.learning_rate > 1:
+            raise ValueError(
+                f"train.proximal {self.proximal:g} times train.learning_rate {self.learning_rate:g} is over"
+                " 1: a step of `sgd` towards the start would go beyond it; lower one of them"
             )
         return self
 

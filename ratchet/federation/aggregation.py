@@ -210,10 +210,15 @@ def distances(adapters: Sequence[Adapter]) -> Tensor:
 
 
 def krum(adapters: Sequence[Adapter], poisoned: int) -> int:
-    """Return the node whose update has the nearest neighbours, if `poisoned` nodes may send anything.
+    """Return the node that `krum_order` puts first (Krum, arXiv 1703.02757). Raises UserError."""
+    return krum_order(adapters, poisoned)[0]
 
-    Krum, arXiv 1703.02757: the sum of squared distances to the nodes - poisoned - 2 nearest ones is least.
-    Raises UserError: it needs 2 · poisoned + 3 nodes.
+
+def krum_order(adapters: Sequence[Adapter], poisoned: int) -> list[int]:
+    """Return the nodes, those with the nearest neighbours first, if `poisoned` nodes may send anything.
+
+    arXiv 1703.02757: a node's score is the sum of its squared distances to the nodes - poisoned - 2 nearest
+    ones. Raises UserError: it needs 2 · poisoned + 3 nodes.
     """
     count = len(adapters)
     if count < 2 * poisoned + 3:
@@ -224,4 +229,4 @@ def krum(adapters: Sequence[Adapter], poisoned: int) -> int:
     squares = distances(adapters).square()
     squares.fill_diagonal_(float("inf"))
     nearest = squares.sort(1).values[:, : count - poisoned - 2]
-    return int(nearest.sum(1).argmin())
+    return [int(node) for node in nearest.sum(1).argsort(stable=True)]

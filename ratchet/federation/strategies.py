@@ -17,7 +17,7 @@ from ratchet.errors import ConfigError, DataError, UserError
 from ratchet.federation.aggregation import (
     Adapter,
     Aggregate,
-    krum,
+    krum_order,
     mean_exactly,
     mean_of_weights,
     trimmed_mean,
@@ -93,7 +93,8 @@ class FedAdam(NamedTuple):
     ) -> Round:
         check_round(self.least_nodes, before, adapters, weights)
         mean = mean_of_weights(adapters, weights)
-        adapter, kept = dict[str, Tensor](), dict[str, Tensor]()
+        adapter: dict[str, Tensor] = {}
+        kept: dict[str, Tensor] = {}
         for name, weight in before.items():
             start = weight.double()
             moved = mean[name].double() - start
@@ -138,39 +139,42 @@ class TrimmedMean(NamedTuple):
 
 
 class Krum(NamedTuple):
-    """The adapter of the node whose update has the nearest neighbours (arXiv 1703.02757).
+    """The exact mean of the nodes whose updates have the nearest neighbours (arXiv 1703.02757).
 
-    Nodes count alike, as with the trimmed mean.
+    `kept` nodes: 1 is Krum itself, which learns from one node's rows in a round; more of them are Multi-Krum,
+    at most as many as are not poisoned. Nodes count alike, as with the trimmed mean.
     """
 
     poisoned: int = 1  # nodes that may send anything
+    kept: int = 1
 
     @property
     def least_nodes(self) -> int:
-        return 2 * self.poisoned + 3
+        return max(2 * self.poisoned + 3, self.poisoned + self.kept)
 
     def combine(
         self, before: Adapter, adapters: Sequence[Adapter], weights: Sequence[float], state: State
     ) -> Round:
         check_round(self.least_nodes, before, adapters, weights)
-        return Round(Aggregate(dict(adapters[krum(adapters, self.poisoned)]), {}), {})
+        chosen = krum_order(adapters, self.poisoned)[: self.kept]
+        return Round(mean_exactly([adapters[node] for node in chosen], [1.0] * self.kept), {})
 
 
 def make_strategy(
-    name: StrategyName, *, exact: bool = True, poisoned: int = 1, learning_rate: float = 1e-2
+    name: StrategyName, *, exact: bool = True, poisoned: int = 1, kept: int = 1, learning_rate: float = 1e-2
 ) -> Strategy:
     """Return the strategy of a name.
 
     `exact` is for `fedavg`, `learning_rate` for `fedadam`, `poisoned` for those that bear poison.
 
-    Raises ConfigError: none has this name.
+    `kept` nodes make the mean of `krum`. Raises ConfigError: none has this name.
     """
     if name == "fedavg":
         return FedAvg(exact=exact)
     found: dict[str, Strategy] = {
         "fedadam": FedAdam(learning_rate),
         "trimmed_mean": TrimmedMean(poisoned),
-        "krum": Krum(poisoned),
+        "krum": Krum(poisoned, kept),
     }
     if name not in found:
         raise ConfigError(

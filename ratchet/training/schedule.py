@@ -47,6 +47,7 @@ class Schedule(NamedTuple):
     optimizer: str = "adamw"
     checkpoint_activations: bool = False
     neftune_alpha: float = 0.0
+    proximal: float = 0.0
     compile: bool = False
     liger: bool = False
     compute: str = (

@@ -37,6 +37,7 @@ from ratchet.training.distributed import (
     check_size,
     cut,
     cut_optimizer,
+    local,
     rank,
     shard,
     whole,
@@ -137,10 +138,13 @@ def fit(
         if schedule.compile:
             at_the_end.enter_context(compiled(model))
         watch = Watch(model, schedule, report, keeps_last=private is not None)
+        # Before a checkpoint's weights are read, so that a resumed training has the same start.
+        near = [_Proximal(model, schedule.proximal)] if schedule.proximal else []
         trainer = (partial(_PrivateTrainer, private) if private else _Trainer)(
             watch=watch,
             checkpoints=checkpoints,
             saved=saved,
+            callbacks=near,
             density=batches.density,
             # On a GPU the Trainer does this itself (`bf16`, `fp16`).
             half_on_cpu=schedule.compute == "bfloat16" and not torch.cuda.is_available(),
@@ -181,11 +185,12 @@ class _Trainer(Trainer):
         watch: Watch,
         checkpoints: Checkpoints | None,
         saved: Saved | None,
+        callbacks: Sequence[TrainerCallback],
         density: float,
         half_on_cpu: bool,
         **settings: Any,
     ) -> None:
-        super().__init__(callbacks=[watch, _Pace(self, checkpoints)], **settings)
+        super().__init__(callbacks=[watch, _Pace(self, checkpoints), *callbacks], **settings)
         self.remove_callback(PrinterCallback)
         self._watch, self._checkpoints, self._saved = watch, checkpoints, saved
         self._density = density
@@ -355,3 +360,31 @@ class _Pace(TrainerCallback):
         if due and state.global_step < state.max_steps:
             control.should_save = True
             control.should_training_stop = control.should_training_stop or checkpoints.stop_asked
+
+
+class _Proximal(TrainerCallback):
+    """A callback that adds the gradient of mu / 2 · ‖weights - start‖² (FedProx, arXiv 1812.06127).
+
+    It is added once a step, after the clipping, which bounds what single rows do: the term is no row's. The
+    losses of the curve are without it.
+    """
+
+    def __init__(self, model: torch.nn.Module, mu: float) -> None:
+        self._mu = mu
+        self._weights = [weight for weight in model.parameters() if weight.requires_grad]
+        self._start = [local(weight.detach()).clone() for weight in self._weights]
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        pairs = zip(self._weights, self._start, strict=True)
+        self._start = [start.to(weight.device) for weight, start in pairs]
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        with torch.no_grad():
+            for weight, start in zip(self._weights, self._start, strict=True):
+                if weight.grad is not None:
+                    away = local(weight.detach()) - start
+                    local(weight.grad).add_(away, alpha=self._mu)

@@ -570,3 +570,17 @@ def test_privacy_goes_with_the_methods_that_have_gradients_by_row():
     for adapter in ({"method": "lora"}, {"method": "rslora"}, {"method": "qlora"}):
         found = Config.model_validate({"train": PRIVATE, "adapter": adapter}).train.privacy
         assert (found.epsilon, found.most) == (3.0, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("train", "said"),
+    [
+        ({"proximal": -0.1}, "train.proximal"),
+        ({"proximal": float("inf")}, "train.proximal"),
+        ({"optimizer": "sgd", "learning_rate": 0.1, "proximal": 11}, "proximal 11 times .* is over 1"),
+    ],
+)
+def test_a_pull_to_the_start_that_would_go_beyond_it_is_refused(train, said):
+    Config.model_validate({"train": {**train, "proximal": 1}})
+    with pytest.raises(ValueError, match=said):
+        Config.model_validate({"train": train})

@@ -41,7 +41,7 @@ def equal(one: Adapter, other: Adapter) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-ALL: list[Strategy] = [FedAvg(), FedAvg(exact=False), FedAdam(), TrimmedMean(1), Krum(1)]
+ALL: list[Strategy] = [FedAvg(), FedAvg(exact=False), FedAdam(), TrimmedMean(1), Krum(1), Krum(1, 4)]
 
 
 @settings(deadline=None, max_examples=20)
@@ -74,7 +74,7 @@ def test_one_node_gives_its_own_bytes(strategy: Strategy) -> None:
     assert found.residual == {} and equal(found.adapter, node(5))
 
 
-@pytest.mark.parametrize("strategy", [FedAvg(), FedAvg(exact=False), TrimmedMean(1), Krum(1)])
+@pytest.mark.parametrize("strategy", [FedAvg(), FedAvg(exact=False), TrimmedMean(1), Krum(1), Krum(1, 3)])
 def test_equal_nodes_give_what_one_of_them_has(strategy: Strategy) -> None:
     found = strategy.combine(node(0), [node(5)] * 5, [3, 1000, 7, 1, 1], {}).aggregate
     assert found.residual == {}
@@ -154,6 +154,7 @@ def test_robust_strategies_bear_one_poisoned_node_of_five(factor: float) -> None
     assert harm(FedAvg()) > 0.9
     assert harm(TrimmedMean(1)) < 0.1
     assert harm(Krum(1)) < 0.2
+    assert harm(Krum(1, kept=4)) < 1e-6  # the honest ones, and no other
 
 
 # --- what is refused ---
@@ -186,6 +187,7 @@ def test_an_adapter_unlike_the_one_before_is_refused_with_its_node(strategy: Str
 def test_a_strategy_has_a_name() -> None:
     assert make_strategy("fedavg", exact=False) == FedAvg(exact=False)
     assert make_strategy("krum", poisoned=2).least_nodes == 7
+    assert make_strategy("krum", kept=6) == Krum(1, 6) and Krum(1, 6).least_nodes == 7
     assert make_strategy("trimmed_mean", poisoned=2).least_nodes == 5
     assert isinstance(make_strategy("fedadam"), FedAdam)
     with pytest.raises(ConfigError, match="unknown"):

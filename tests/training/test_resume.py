@@ -303,10 +303,10 @@ def test_so_it_is_with_every_other_kind_of_method(tmp_path: Path, made: Made, me
 
 @pytest.mark.parametrize(
     "settings",
-    [{"optimizer": "adafactor"}, {"optimizer": "sgd"}, {"neftune_alpha": 5.0}],
-    ids=["adafactor", "sgd", "neftune"],
+    [{"optimizer": "adafactor"}, {"optimizer": "sgd"}, {"neftune_alpha": 5.0}, {"proximal": 1.0}],
+    ids=["adafactor", "sgd", "neftune", "proximal"],
 )
-def test_so_it_is_with_other_optimizers_and_with_noise(
+def test_so_it_is_with_other_optimizers_with_noise_and_near_the_start(
     tmp_path: Path, made: Made, settings: dict[str, Any]
 ) -> None:
     same(

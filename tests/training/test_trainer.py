@@ -29,6 +29,7 @@ from ratchet.training.collation import WindowCollator, count_batches
 from ratchet.training.loss import AnswerLoss
 from ratchet.training.packing import IGNORED, Window, read_windows
 from ratchet.training.schedule import Schedule
+from ratchet.training.state import trainable
 from ratchet.training.trainer import fit
 from tasks.train import train
 
@@ -278,6 +279,56 @@ def test_the_adapters_weights_come_from_the_seed_alone(tiny_base):
 
 def test_a_fresh_adapter_computes_what_the_base_does(tiny_base, validation):
     assert loss_by_hand(adapted(tiny_base), validation) == loss_by_hand(load_base(tiny_base), validation)
+
+
+# --- near the start (FedProx) ---
+
+
+def trained(base: Path, windows: list[Window], **settings) -> dict[str, torch.Tensor]:
+    model = adapted(base)
+    run(model, windows, [], **settings)
+    return {name: weight.clone() for name, weight in trainable(model).items()}
+
+
+def test_the_proximal_term_has_its_gradient_in_every_step(tiny_base, windows):
+    """The first step starts where the term is nothing, so two steps of plain gradient descent show it."""
+    plain = {
+        "optimizer": "sgd",
+        "learning_rate": 0.5,
+        "kind": "constant",
+        "weight_decay": 0.0,
+        "max_grad_norm": 1e6,
+        "batch_windows": 2,
+        "accumulate": 2,
+    }
+    start = {name: weight.clone() for name, weight in trainable(adapted(tiny_base)).items()}
+    one, two = (trained(tiny_base, windows[:4], steps=steps, **plain) for steps in (1, 2))
+    first, near = (trained(tiny_base, windows[:4], steps=steps, proximal=0.5, **plain) for steps in (1, 2))
+    away = 0.0
+    for name, weight in near.items():
+        assert torch.equal(first[name], one[name]), name
+        wanted = two[name] - 0.5 * 0.5 * (one[name] - start[name])
+        assert torch.allclose(weight, wanted, atol=1e-6), name
+        away = max(away, float((weight - two[name]).abs().max()))
+    assert away > 1e-3  # or the term would be too small to be seen here
+
+
+def test_a_large_proximal_weight_keeps_the_weights_near_the_start(tiny_base, windows):
+    start = {name: weight.clone() for name, weight in trainable(adapted(tiny_base)).items()}
+
+    def away(proximal: float) -> float:
+        found = trained(tiny_base, windows, steps=12, proximal=proximal)
+        return float(sum((weight - start[name]).square().sum() for name, weight in found.items()) ** 0.5)
+
+    free, held, fast = away(0.0), away(1.0), away(100.0)
+    assert fast < held < free
+    assert fast < 0.3 * free
+
+
+def test_a_proximal_weight_of_nothing_changes_no_byte(tiny_base, windows):
+    none, least = trained(tiny_base, windows), trained(tiny_base, windows, proximal=1e-30)
+    for name, weight in none.items():
+        assert torch.equal(weight, least[name]), name
 
 
 # --- what stops it ---
