@@ -131,7 +131,7 @@ def audit(base: Path, candidate: Path, config: Config, *, delta: float) -> dict[
     from ratchet.models.loading import load_base, load_chat
     from ratchet.privacy.audit import lower_bound
 
-    coins, chat = make_audit_canaries(config.evaluate.audit_canaries), load_chat(base)
+    coins, chat = make_audit_canaries(config.evaluate.audit_canaries, ""), load_chat(base)
     canaries, planted = [canary for canary, _ in coins], np.array([coin for _, coin in coins])
     before, after = (
         np.array(measure_losses(model, chat, canaries, batch_size=32))

@@ -291,7 +291,8 @@ def _measure(
     """
     count, size = config.evaluate.canaries, config.evaluate.batch_size
     canaries = [*make_canaries(count), *make_references(count)]
-    coins = make_audit_canaries(config.evaluate.audit_canaries)
+    adapter = read_json(incumbent / MANIFEST).get("adapter_sha256", "") if incumbent else ""
+    coins = make_audit_canaries(config.evaluate.audit_canaries, adapter)
     exposed, audited, scored = [], [], []
     for name, model, chat in each_model(base, incumbent, candidate) if count or coins or suites else ():
         if count:

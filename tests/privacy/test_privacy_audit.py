@@ -62,8 +62,9 @@ def test_a_large_delta_weakens_the_bound() -> None:
 
 
 def test_coins_are_fair_and_always_the_same() -> None:
-    found = make_audit_canaries(2000)
-    assert found[:50] == make_audit_canaries(50)
+    found = make_audit_canaries(2000, "sha")
+    assert found[:50] == make_audit_canaries(50, "sha")
+    assert not set(found).intersection(make_audit_canaries(2000, "another champion's"))
     assert sum(planted for _, planted in found) == pytest.approx(1000, abs=80)
     assert len({canary.name + canary.secret for canary, _ in found}) == 2000
 
@@ -90,7 +91,7 @@ def promise(**changes: float) -> Promise:
 
 def table(gain: float, canaries: int = 200) -> pd.DataFrame:
     """The candidate's loss is smaller by `gain` nats for planted canaries."""
-    random, coins = np.random.default_rng(8), make_audit_canaries(canaries)
+    random, coins = np.random.default_rng(8), make_audit_canaries(canaries, "")
     planted = np.array([coin for _, coin in coins])
     names, losses = [canary.name for canary, _ in coins], 5 + random.normal(size=canaries)
     frames = [
