@@ -38,6 +38,7 @@ COMMANDS = tuple(
         "plan",
         "sweep",
         "compare",
+        "privacy",
         "retrain",
         "status",
         "serve",
