@@ -2,12 +2,13 @@
 
     python -m benchmarks.privacy [--data ../shared/data/clinc150] [--epsilons 1,3,8] [--seeds 1] [--quick]
 
-The rows are four domains of queries that the base has not seen, a domain a batch, with the names of intents
-as answers; each arm trains on all of them from the base by the project's own stages tokenize and train. The
-base has the demo's shape and is pre-trained on four other domains. `none` is the plain training with as many
-passes, in the smaller steps and at the lower learning rate that suit it. Of the canaries of the audit each is
-planted with probability one half; `exposed` is the share of right guesses among them for the fifth of which
-the model seems surest, and `ε or more` the lower bound that follows from all guesses at 5 % error.
+The base has the demo's shape and has read 30 queries of each of 60 intents, the public rows. The private rows
+are the other training queries of the same intents, up to 70 each; each arm trains on all of them from the
+base by the project's own stages tokenize and train. `before` is the base's accuracy on the test rows, `none`
+the plain training with as many passes, in the smaller steps that suit it. Of the canaries of the audit each
+is planted with probability one half; `exposed` is the share of right guesses among them for the fifth of
+which the model seems surest, and `ε or more` the lower bound that follows from all guesses at 5 % error.
+Seconds are of one core.
 """
 
 from __future__ import annotations
@@ -23,29 +24,29 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import clinc
-from benchmarks.clinc import DATA, Counts, make_base, one_thread, read_domain, require_data, unread
+from benchmarks.clinc import DATA, READ, Counts, make_base, one_thread, read_domain, require_data
 from benchmarks.forgetting import accuracy
 from ratchet.config.params import Config
-from ratchet.data.examples import encode_line
+from ratchet.data.examples import Example, Message, encode_line, make_example
 from ratchet.files import read_json, write_bytes, write_json
 
 NONE = "none"
-PLAIN_RATE, PRIVATE_RATE = 2e-3, 1e-2  # learning rates; a private training has few and large steps
+PLAIN_RATE, PRIVATE_RATE = 2e-3, 3e-3  # learning rates; a private training has few and large steps
 
 
 class Size(NamedTuple):
-    """`counts`: rows per intent."""
+    """`counts`: rows per intent that the base reads; `private`: those that are trained on, at most."""
 
-    domains: int
     counts: Counts
+    private: int
     steps: int  # of the base's pre-training
     epochs: float
     canaries: int
     batch_rows: int
 
 
-FULL = Size(4, Counts(30, 4, 10), 400, 12.0, 200, 400)
-QUICK = Size(2, Counts(6, 2, 2), 20, 1.0, 40, 60)
+FULL = Size(Counts(30, 4, 10), 70, 600, 6.0, 200, 600)
+QUICK = Size(Counts(6, 2, 2), 6, 20, 1.0, 40, 100)
 
 
 def main() -> None:
@@ -65,11 +66,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         one_thread(folder)
         make_base(Path(folder) / "base", arguments.data, size.counts, settings(NONE, 0, size).base)
+        before = asked_of_base(Path(folder), arguments.data, size)
+        print(f"before: {before:.3f}", file=sys.stderr, flush=True)
         for seed in range(arguments.seeds):
             for arm in arms:
                 found.append(run(Path(folder), arguments.data, arm, seed, size))
                 print(json.dumps(found[-1]), file=sys.stderr, flush=True)
-    print("\n".join(map(json.dumps, found) if arguments.json else table(found, arms)))
+    print("\n".join(map(json.dumps, found) if arguments.json else table(found, arms, before)))
+
+
+def asked_of_base(folder: Path, data: Path, size: Size) -> float:
+    """Return the base's accuracy on the test rows."""
+    from ratchet.evaluation.scoring import Asked, Models, Player, answer
+
+    rows = [row for name in READ for row in read_domain(data, name, size.counts, 0).test]
+    base, asked = folder / "base", Asked(rows, [str(row.meta["batch"]) for row in rows])
+    given = answer(Player("base", base, None, base), Models(), asked, settings(NONE, 0, size).evaluate)
+    return statistics.mean(said == row.answer for said, row in zip(given.answers, rows, strict=True))
 
 
 def settings(arm: str, seed: int, size: Size) -> Config:
@@ -82,7 +95,9 @@ def settings(arm: str, seed: int, size: Size) -> Config:
     )
     evaluate = config.evaluate.model_copy(update={"audit_canaries": size.canaries})
     rate = PLAIN_RATE if arm == NONE else PRIVATE_RATE
-    train = config.train.model_copy(update={"patience": 1000, "evaluations": 1, "learning_rate": rate})
+    train = config.train.model_copy(
+        update={"patience": 1000, "evaluations": 1, "learning_rate": rate, "precision": "float32"}
+    )
     adapter = config.adapter.model_copy(update={"rank": 8, "alpha": 16.0})
     return config.model_copy(update={"evaluate": evaluate, "train": train, "adapter": adapter})
 
@@ -93,33 +108,48 @@ def run(folder: Path, data: Path, arm: str, seed: int, size: Size) -> dict[str, 
     from tasks.train import train
 
     config, base, place = settings(arm, seed, size), folder / "base", folder / f"{arm}-{seed}"
-    domains = {name: read_domain(data, name, size.counts, seed) for name in unread(data)[: size.domains]}
+    domains = {name: read_domain(data, name, size.counts, 0) for name in READ}
     nobody = place / "nobody"
     write_json(nobody / MANIFEST, {"version": None, "batches": []})
-    for split in ("train", "validation"):
-        rows = (encode_line(row) for domain in domains.values() for row in getattr(domain, split))
-        write_bytes(place / f"prepared/{split}.jsonl", rows)
-    for split in ("test", "golden"):  # test rows are asked below
-        write_bytes(place / f"prepared/{split}.jsonl", [])
+    parts = {
+        "train": private_rows(data, domains, size.private),
+        "validation": [row for domain in domains.values() for row in domain.validation],
+        **{"test": [], "golden": []},  # test rows are asked below
+    }
+    for split, rows in parts.items():
+        write_bytes(place / f"prepared/{split}.jsonl", map(encode_line, rows))
     tokenize(place / "prepared", base, nobody, place / "tokens", config)
-    began = time.perf_counter()
+    began = time.process_time()
     figures = train(place / "tokens", base, nobody, place / "candidate", place / "reports/train", config)
-    seconds = time.perf_counter() - began
-    right = accuracy(
-        base, place / "candidate", {name: domain.test for name, domain in domains.items()}, config
-    )
+    seconds = time.process_time() - began
+    tests = {name: domain.test for name, domain in domains.items()}
+    right = accuracy(base, place / "candidate", tests, config)
     promise = read_json(place / "candidate" / MANIFEST).get("privacy")
     return {
         "arm": arm,
         "seed": seed,
         "accuracy": statistics.mean(right.values()),
         "seconds": seconds,
-        "training_seconds": figures["seconds"],
         "steps": figures["steps"],
         "rows": figures["rows"]["rows"],
         "noise": promise["mechanism"]["noise_multiplier"] if promise else 0.0,
         **audit(base, place / "candidate", config, delta=config.train.privacy.delta),
     }
+
+
+def private_rows(data: Path, public: dict[str, clinc.Domain], most: int) -> list[Example]:
+    """Return the training queries that the base has not read, `most` an intent."""
+    texts, intents = read_json(data / "data_full.json"), read_json(data / "domains.json")
+    rows = []
+    for name, domain in public.items():
+        read = {row.messages[0].content for row in domain.train}
+        for intent in intents[name]:
+            asked = [query for query, label in texts["train"] if label == intent and query not in read]
+            turns = [
+                [Message("user", query), Message("assistant", intent.replace("_", " "))] for query in asked
+            ]
+            rows += [make_example(pair, {"batch": name}) for pair in turns[:most]]
+    return rows
 
 
 def audit(base: Path, candidate: Path, config: Config, *, delta: float) -> dict[str, float]:
@@ -131,7 +161,7 @@ def audit(base: Path, candidate: Path, config: Config, *, delta: float) -> dict[
     from ratchet.models.loading import load_base, load_chat
     from ratchet.privacy.audit import lower_bound
 
-    coins, chat = make_audit_canaries(config.evaluate.audit_canaries), load_chat(base)
+    coins, chat = make_audit_canaries(config.evaluate.audit_canaries, ""), load_chat(base)
     canaries, planted = [canary for canary, _ in coins], np.array([coin for _, coin in coins])
     before, after = (
         np.array(measure_losses(model, chat, canaries, batch_size=32))
@@ -144,21 +174,21 @@ def audit(base: Path, candidate: Path, config: Config, *, delta: float) -> dict[
     return {"exposed": float(right) / (2 * side), "epsilon_low": bound.epsilon}
 
 
-def table(found: list[dict[str, Any]], arms: list[str]) -> list[str]:
+def table(found: list[dict[str, Any]], arms: list[str], before: float) -> list[str]:
     lines = [
-        "| ε | accuracy | exposed | ε or more | noise | steps | training s | with the accounting s |",
-        "|---|---|---|---|---|---|---|---|",
+        "| ε | accuracy | exposed | ε or more | noise | steps | seconds |",
+        "|---|---|---|---|---|---|---|",
+        f"| before | {before:.3f} | | | | | |",
     ]
     for arm in arms:
         runs = [run for run in found if run["arm"] == arm]
         mean = {
             key: statistics.mean(run[key] for run in runs)
-            for key in ("accuracy", "exposed", "epsilon_low", "noise", "steps", "training_seconds", "seconds")
+            for key in ("accuracy", "exposed", "epsilon_low", "noise", "steps", "seconds")
         }
         lines.append(
             f"| {arm} | {mean['accuracy']:.3f} | {mean['exposed']:.3f} | {mean['epsilon_low']:.2f} "
-            f"| {mean['noise']:.2f} | {mean['steps']:.0f} | {mean['training_seconds']:.0f} "
-            f"| {mean['seconds']:.0f} |"
+            f"| {mean['noise']:.2f} | {mean['steps']:.0f} | {mean['seconds']:.0f} |"
         )
     return lines
 

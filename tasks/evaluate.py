@@ -189,7 +189,8 @@ def _prefer(table: pd.DataFrame) -> pd.Series:
 def _check_extras(incumbent: Path, candidate: Path, own: Path, config: Config) -> dict[str, TaskConfig]:
     """Return the suites to run, after checking before any model answers what the audits need."""
     require_fairlearn(config.evaluate.groups)
-    _check_planted(candidate, config)
+    if config.evaluate.canaries or config.evaluate.audit_canaries:
+        _check_planted(candidate, config)
     suites = read_suites(own, config.evaluate.suites)
     for folder in (candidate, incumbent) if suites else ():
         check_measurable(folder)
@@ -276,7 +277,7 @@ def _check_planted(candidate: Path, config: Config) -> None:
     manifest = read_json(candidate / MANIFEST)
     for key in ("canaries", "audit_canaries"):
         planted, wanted, kind = manifest.get(key, 0), getattr(config.evaluate, key), key.replace("_", " ")
-        if wanted and planted != wanted:
+        if planted != wanted:
             raise DataError(
                 f"the candidate was trained with {planted} planted {kind}, `evaluate.{key}` is {wanted}",
                 remedy="dvc repro tokenize train, or ratchet retrain --force",
@@ -294,7 +295,8 @@ def _measure(
     """
     count, size = config.evaluate.canaries, config.evaluate.batch_size
     canaries = [*make_canaries(count), *make_references(count)]
-    coins = make_audit_canaries(config.evaluate.audit_canaries)
+    adapter = read_json(incumbent / MANIFEST).get("adapter_sha256", "") if incumbent else ""
+    coins = make_audit_canaries(config.evaluate.audit_canaries, adapter)
     exposed, audited, scored = [], [], []
     for name, model, chat in each_model(base, incumbent, candidate) if count or coins or suites else ():
         if count:

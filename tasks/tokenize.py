@@ -139,7 +139,8 @@ def tokenize(prepared: Path, base: Path, incumbent: Path, out: Path, config: Con
             remedy="leave it out of data/golden.jsonl; every golden row has to be asked",
         )
     lengths = {split: [row.length for row in rows] for split, rows in splits.items()}
-    audited = make_audit_canaries(config.evaluate.audit_canaries)
+    champion = read_json(incumbent / MANIFEST).get("adapter_sha256", "")
+    audited = make_audit_canaries(config.evaluate.audit_canaries, champion)
     canaries = [*make_canaries(config.evaluate.canaries), *(one for one, planted in audited if planted)]
     planted = [chat.encode(canary.row()) for canary in canaries]
     whole = [*lengths["golden"], *(len(row.ids) for row in planted)]

@@ -79,7 +79,7 @@ def privacy(as_json: Json = False) -> None:
                 plain[batch].append(entry.version)
     found = [
         {**line._asdict(), "without_privacy": sorted(plain.get(line.batch, []))}
-        for line in spent_by_batch(spendings, asked.delta, plain)
+        for line in spent_by_batch(spendings, asked.delta, plain, unit=asked.unit)
     ]
     budget = asked.most if asked.epsilon else None
     told = {"delta": asked.delta, "budget": budget, "trainings": len(spendings), "batches": found}

@@ -41,10 +41,15 @@ def make_references(count: int) -> list[Canary]:
     return [_canary(f"reference {number}") for number in range(count)]
 
 
-def make_audit_canaries(count: int) -> list[tuple[Canary, bool]]:
-    """Make the canaries of the audit of ε, each with whether it is planted: by a fair, fixed coin."""
-    coins = (hashlib.sha256(f"canary coin {number}".encode()).digest()[0] % 2 == 1 for number in range(count))
-    return [(_canary(f"audit {number}"), planted) for number, planted in enumerate(coins)]
+def make_audit_canaries(count: int, champion: str) -> list[tuple[Canary, bool]]:
+    """Make the canaries of the audit of ε, each with whether it is planted: by a fair, fixed coin.
+
+    `champion`: sha256 of its adapter, or "". Each champion's challengers get other canaries, since the
+    champion may know its own.
+    """
+    keys = [f"{champion} {number}" for number in range(count)]
+    coins = [hashlib.sha256(f"canary coin {key}".encode()).digest()[0] % 2 == 1 for key in keys]
+    return [(_canary(f"audit {key}"), planted) for key, planted in zip(keys, coins, strict=True)]
 
 
 def alternatives(canary: Canary) -> list[str]:

@@ -89,16 +89,25 @@ def add_spending(path: Path, spending: Spending) -> bool:
     return True
 
 
-def spent_by_batch(spendings: Sequence[Spending], delta: float, names: Iterable[str] = ()) -> list[Spent]:
-    """Return what was spent of each batch in the ledger and of those in `names`, by name."""
+def spent_by_batch(
+    spendings: Sequence[Spending], delta: float, names: Iterable[str] = (), *, unit: str = "row"
+) -> list[Spent]:
+    """Return what was spent of each batch in the ledger and of those in `names`, by name.
+
+    A user may have rows in any batch, so with `unit` "user" all trainings count for each.
+    """
     composed: dict[tuple[Mechanism, ...], float] = {}
     found = []
     for batch in sorted({*names, *(batch for entry in spendings for batch in entry.batches)}):
-        mechanisms = tuple(entry.mechanism for entry in spendings if batch in entry.batches)
+        mechanisms = _mechanisms(spendings, batch, unit)
         if mechanisms not in composed:
             composed[mechanisms] = epsilon_of(mechanisms, delta)
         found.append(Spent(batch, len(mechanisms), composed[mechanisms]))
     return found
+
+
+def _mechanisms(spendings: Sequence[Spending], batch: str, unit: str) -> tuple[Mechanism, ...]:
+    return tuple(entry.mechanism for entry in spendings if unit == "user" or batch in entry.batches)
 
 
 def check_budget(
@@ -106,13 +115,23 @@ def check_budget(
 ) -> float:
     """Return the most ε that a batch's rows have spent after the planned training.
 
-    Raises DataError, with the arithmetic, if that is over the budget of any batch.
+    Raises DataError, with the arithmetic, if that is over the budget of any batch; or if users are to be
+    protected and an earlier training protected rows only, whose ε bounds nothing for users.
     """
     assert privacy.epsilon
-    before = {entry.batch: entry for entry in spent_by_batch(spendings, privacy.delta, batches)}
+    rows_only = sum(entry.unit != "user" for entry in spendings)
+    if privacy.unit == "user" and rows_only:
+        raise DataError(
+            f"`train.privacy.unit` is user, and {rows_only} earlier trainings protected single rows: what "
+            "they have spent of a user is not bounded",
+            remedy="set `train.privacy.unit: row`, or begin a project with rows that were never trained on",
+        )
+    before = {
+        entry.batch: entry for entry in spent_by_batch(spendings, privacy.delta, batches, unit=privacy.unit)
+    }
     composed: dict[tuple[Mechanism, ...], float] = {}
     for batch in batches:
-        past = tuple(entry.mechanism for entry in spendings if batch in entry.batches)
+        past = _mechanisms(spendings, batch, privacy.unit)
         if past not in composed:
             composed[past] = epsilon_of([*past, planned], privacy.delta)
         if (after := composed[past]) > privacy.most * (1 + SLACK):

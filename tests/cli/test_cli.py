@@ -39,6 +39,7 @@ COMMANDS = tuple(
         "privacy",
         "sweep",
         "compare",
+        "privacy",
         "retrain",
         "status",
         "serve",

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from scipy import optimize, stats
@@ -98,6 +99,15 @@ def test_the_ledger_adds_up_by_batch(tmp_path: Path) -> None:
     assert {batch: line.trainings for batch, line in found.items()} == {"july": 0, "june": 1, "may": 2}
     assert found["may"].epsilon == epsilon_of([ONE, ONE], DELTA)
     assert found["june"].epsilon == epsilon_of([ONE], DELTA) > found["july"].epsilon == 0
+
+
+def test_a_user_may_have_rows_in_every_batch() -> None:
+    privacy = PrivacyConfig(epsilon=2.5, delta=DELTA, unit="user", budget=4.0)
+    users = msgspec.structs.replace(spending(1, ["may"]), unit="user")
+    assert check_budget([users], ONE, ["june"], privacy) == epsilon_of([ONE, ONE], DELTA)
+    assert [line.trainings for line in spent_by_batch([users], DELTA, ["june"], unit="user")] == [1, 1]
+    with pytest.raises(DataError, match="1 earlier trainings protected single rows"):
+        check_budget([users, spending(2, ["may"])], ONE, ["june"], privacy)
 
 
 def test_a_broken_ledger_is_an_error_and_not_an_empty_one(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,15 @@ from safetensors.torch import load_file
 from ratchet.config.params import Config
 from ratchet.config.training import AdapterConfig
 from ratchet.data.examples import encode_line, read_examples
-from ratchet.errors import BaseModelError, DataError
+from ratchet.errors import BaseModelError, ConfigError, DataError
 from ratchet.files import read_json, write_bytes, write_json
 from ratchet.models.adapters import load_trainable
 from ratchet.privacy.accountant import Mechanism
 from ratchet.privacy.ledger import read_spendings
 from ratchet.training.checkpoints import FOLDER, Checkpoints
 from ratchet.training.collation import Private, rows_apart
+from ratchet.training.estimate import plan_training
+from ratchet.training.launch import Material, refuse_private
 from ratchet.training.loss import AnswerLoss
 from ratchet.training.packing import Window, read_windows
 from ratchet.training.schedule import Schedule
@@ -103,8 +106,7 @@ def kept(home: Path) -> Checkpoints:
     return Checkpoints(home, "key", {}, minutes=0.0, curve=list)
 
 
-@pytest.mark.parametrize("die_at", [2, 5, 8])
-@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize(("method", "die_at"), [("lora", 2), ("lora", 5), ("lora", 8), ("qlora", 5)])
 def test_a_private_training_that_was_killed_ends_in_the_same_weights(
     tmp_path: Path, tiny_base: Path, windows: list[Window], validation: list[Window], method: str, die_at: int
 ) -> None:
@@ -257,8 +259,14 @@ def test_delta_has_to_be_small_for_so_many_rows(
         train(tokens, tiny_base, nobody, tmp_path / "out", tmp_path / "t", private(tiny_config, delta=0.1))
 
 
-def test_the_key_is_gone_when_the_training_has_ended(trained: Path) -> None:
-    import os
+def test_trainings_outside_the_ledger_are_refused(
+    tokens: Path, tiny_base: Path, nobody: Path, tiny_config: Config
+) -> None:
+    with pytest.raises(ConfigError, match="`ratchet plan` trains on these rows outside the ledger"):
+        plan_training(Material(tokens, tiny_base, nobody), private(tiny_config), print)
+    refuse_private(tiny_config, "plan")
 
+
+def test_the_key_is_gone_when_the_training_has_ended(trained: Path) -> None:
     assert not (Path(os.environ["RATCHET_ROOT"]) / FOLDER).exists()
     assert b"privacy.key" not in json.dumps([str(path) for path in trained.rglob("*")]).encode()

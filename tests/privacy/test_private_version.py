@@ -55,7 +55,7 @@ def test_those_canaries_are_planted_whose_coin_says_so(
     profile = tokenize(prepared, tiny_base, nobody, tmp_path / "tokens", settings(tiny_config))
     chat = ChatFormat(load_tokenizer(tiny_base))
     trained = {tuple(row.input_ids) for row in rows_apart(read_windows(tmp_path / "tokens/train.arrow"))}
-    coins = make_audit_canaries(CANARIES)
+    coins = make_audit_canaries(CANARIES, "")
     assert [tuple(chat.encode(one.row()).ids) in trained for one, _ in coins] == [coin for _, coin in coins]
     assert profile.audit_canaries == CANARIES
     assert len(trained) == profile.train.rows + sum(coin for _, coin in coins)
