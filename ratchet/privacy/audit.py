@@ -43,7 +43,7 @@ def lower_bound(
         side = min(max(1, round(share * total)), total // 2)
         right = int(planted[order[:side]].sum() + (~planted[order[total - side :]]).sum())
         epsilon = _bound(total, 2 * side, right, delta, alpha / len(SHARES))
-        if epsilon > found.epsilon or not found.guesses:
+        if epsilon >= found.epsilon:
             found = Bound(epsilon, 2 * side, right)
     return found
 
