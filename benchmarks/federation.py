@@ -20,7 +20,8 @@ row is right where each token of the right answer is the likeliest, so that gree
 it. Intervals are 95 % over seeds (Student's t), differences are within a seed. One thread.
 
 Poison: five nodes with rows of all intents, one of which sends ten times its update, its update with the
-opposite sign, or what it learned from other intents' names.
+opposite sign, or what it learned from other intents' names. The last line has the four others alone, since a
+strategy that keeps the poison out still lacks the rows of that node.
 """
 
 from __future__ import annotations
@@ -603,6 +604,8 @@ def poison_part(bench: Bench, data: Path, seed: int, alpha: float, size: Size) -
     nodes = deal(bench, rows, alpha, seed, 5, size.least_rows)
     traitor, rounds = seed % 5, range(size.poison_rounds)
     turned = deal(bench, rows._replace(train=_renamed(rows.train)), alpha, seed, 5, size.least_rows)
+    honest = [node for place, node in enumerate(nodes) if place != traitor]
+    absent = play(bench, start, honest, FedAvg(), rounds, size.poison_rounds).outcome
     accuracy: dict[str, dict[str, float]] = {}
     for name in STRATEGIES:
         accuracy[name] = {}
@@ -624,7 +627,8 @@ def poison_part(bench: Bench, data: Path, seed: int, alpha: float, size: Size) -
                 accuracy[name][poison] = float(bench.score(found.outcome, test)[0].mean())
             except DivergenceError:
                 accuracy[name][poison] = 0.0
-    return {"accuracy": accuracy, "rows": [len(node.train) for node in nodes]}
+    left = float(bench.score(absent, test)[0].mean())
+    return {"accuracy": accuracy, "absent": left, "rows": [len(node.train) for node in nodes]}
 
 
 def _renamed(rows: list[tuple[Example, int]]) -> list[tuple[Example, int]]:
@@ -640,9 +644,10 @@ def _renamed(rows: list[tuple[Example, int]]) -> list[tuple[Example, int]]:
 
 
 def table_of_poison(runs: list[dict[str, Any]], size: Size) -> list[str]:
-    found = [run["accuracy"] for run in runs if run["part"] == "poison"]
-    if not found:
+    measured = [run for run in runs if run["part"] == "poison"]
+    if not measured:
         return []
+    found = [run["accuracy"] for run in measured]
     lines = [
         (
             f"Poison: {len(found)} seeds, one of five nodes; points against FedAvg of five honest nodes, on"
@@ -664,6 +669,10 @@ def table_of_poison(runs: list[dict[str, Any]], size: Size) -> list[str]:
         lines.append(
             f"| {titles[name]} | {_cell([run[name]['none'] for run in found])} | {' | '.join(cells)} |"
         )
+    absent = [run["absent"] for run in measured]
+    lines.append(
+        f"| FedAvg, exact, of the four others alone | {_cell(absent)} |{f' {_points(absent, honest)} |' * 3}"
+    )
     return lines
 
 

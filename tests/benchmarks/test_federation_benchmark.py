@@ -45,13 +45,13 @@ def test_each_arm_is_measured_at_each_node_and_each_strategy_with_each_poison(tm
         assert set(found["accuracy"]) == set(ARMS)
         for right in found["accuracy"].values():
             assert len(right) == QUICK.nodes and all(0 <= each <= 1 for each in right)
-    assert set(poisoned["accuracy"]) == set(STRATEGIES)
+    assert set(poisoned["accuracy"]) == set(STRATEGIES) and 0 <= poisoned["absent"] <= 1
     for right in poisoned["accuracy"].values():
         assert set(right) == set(POISONS) and all(0 <= each <= 1 for each in right.values())
     again = run(*kept)  # what was measured is kept
     assert again.returncode == 0 and "nodes, seed" not in again.stderr
     assert all(f"Dirichlet {alpha:g}: 1 seeds" in again.stdout for alpha in ALPHAS)
-    assert again.stdout.count("FedAvg, exact") == len(ALPHAS) + 1
+    assert again.stdout.count("FedAvg, exact") == len(ALPHAS) + 2
 
 
 def test_without_the_data_it_says_so(tmp_path):
