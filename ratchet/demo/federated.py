@@ -1,8 +1,8 @@
 """Run `make demo-federated`: a coordinator and three nodes on this machine, each with rows of its own.
 
-Each node holds the documentation of other modules. One table compares each node alone, all rows together in
-one place, which is the bound, and what the nodes learn together without sharing a row; then the gate judges
-it. Every printed figure is read from an evaluation on the coordinator's rows, which no node has.
+Each node mostly holds the documentation of other modules. One table compares each node alone, all rows
+together in one place, which is the bound, and what the nodes learn together without sharing a row; then the
+gate judges it. Every figure is read from an evaluation on the coordinator's rows, which no node has.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -36,20 +35,21 @@ from ratchet.sources.pydoc import harvest
 
 PLACE = Path(".ratchet/federated")
 COORDINATOR = "coordinator"
-# What each node's people write about. All are in the standard library of any Python.
+# What each node's people mostly write about. All are in the standard library of any Python.
 NODES = {
     "north": "email http urllib smtplib imaplib mailbox ftplib wsgiref xmlrpc ssl ipaddress",
     "south": "asyncio multiprocessing threading concurrent unittest logging bdb pdb doctest importlib",
     "west": "xml tarfile zipfile encodings codecs pathlib datetime calendar collections enum typing",
 }
 KEPT = 15  # percent of the rows that the coordinator has for the evaluation, and no node
+OTHERS = 60  # percent of the rows that go to any node, whatever they are about
 GOLDEN_ROWS = 100
-ROUNDS = 3
+ROUNDS = 4
 SETTINGS: dict[str, Any] = {
     "project": {"name": "federated"},
     "prepare": {"min_rows": 40},
     "tokenize": {"max_length": 128, "window": 256},
-    "train": {"epochs": 4.0, "learning_rate": 4.0e-3, "batch_windows": 4},
+    "train": {"epochs": 3.0, "learning_rate": 5.0e-3, "batch_windows": 2},
     "adapter": {"rank": 16, "alpha": 32.0},
     "evaluate": {"max_new_tokens": 8},
     "parity": {"rows": 40},
@@ -59,13 +59,20 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def rows_of(modules: Sequence[str], *, kept: bool) -> Iterator[bytes]:
-    """Yield rows about these modules: those that are kept for the evaluation, or the others."""
+def deal_rows() -> dict[str, list[bytes]]:
+    """Return the rows of each party, as JSON lines: of the nodes, and those that no node has."""
+    owner = {module: name for name, modules in NODES.items() for module in modules.split()}
+    dealt: dict[str, list[bytes]] = {name: [] for name in (*NODES, COORDINATOR)}
     for row in harvest(PydocSource(packages=["stdlib"], summaries=0.0)):
-        question, answer = (message["content"] for message in row["messages"])
-        is_kept = xxhash.xxh64_intdigest(question.encode()) % 100 < KEPT
-        if answer in modules and is_kept == kept:
-            yield msgspec.json.encode(row) + b"\n"
+        question, module = (message["content"] for message in row["messages"])
+        if module not in owner:
+            continue
+        chance, other = divmod(xxhash.xxh64_intdigest(question.encode()), 2**32)
+        name = owner[module] if other % 100 >= OTHERS else list(NODES)[other // 100 % len(NODES)]
+        if chance % 100 < KEPT:
+            name = COORDINATOR
+        dealt[name].append(msgspec.json.encode(row) + b"\n")
+    return dealt
 
 
 def run_demo(root: Path) -> None:
@@ -81,22 +88,25 @@ def run_demo(root: Path) -> None:
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
     _step("1  A coordinator and three nodes: four clones, each with rows of its own, and the same base")
-    base = _make_base(place)
-    coordinator = _make_coordinator(root, base)
-    nodes = {name: _make_node(root, name, base) for name in NODES}
+    base, rows = _make_base(place), deal_rows()
+    with ThreadPoolExecutor(2) as pool:
+        making = {name: pool.submit(_make_node, root, name, base, rows[name]) for name in NODES}
+        coordinator = _make_coordinator(root, base, rows[COORDINATOR])
+        nodes = {name: made.result() for name, made in making.items()}
     _step("2  The coordinator listens, with a certificate of its own; each node joins by its invitation")
     ratchet(coordinator, "up")
     ratchet(coordinator, "federate", "up")
+    for name in nodes:
+        ratchet(coordinator, "federate", "invite", name, "--out", str(place / f"{name}.invitation"))
     for name, home in nodes.items():
-        invitation = place / f"{name}.invitation"
-        ratchet(coordinator, "federate", "invite", name, "--out", str(invitation))
-        ratchet(home, "federate", "join", str(invitation))
-        invitation.unlink()
+        ratchet(home, "federate", "join", str(place / f"{name}.invitation"))
+        (place / f"{name}.invitation").unlink()
     _step(f"3  {ROUNDS} rounds: the adapter goes out, each node trains it, the updates become one")
     ratchet(coordinator, "federate", "run", "--reason", "three nodes, no row shared")
     ratchet(coordinator, "federate", "status")
     _step("4  For comparison: each node alone, and all rows together in one place, as long as the rounds")
-    alone = {**nodes, "all rows in one place": _make_node(root, "together", base, [*NODES])}
+    everything = [row for name in NODES for row in rows[name]]
+    alone = {"all rows in one place": _make_node(root, "together", base, everything), **nodes}
     for home in nodes.values():  # what a node trains now is not a round
         ratchet(home, "federate", "down")
     with ThreadPoolExecutor(2) as pool:
@@ -132,11 +142,10 @@ def _settings(base: Path, more: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _make_coordinator(root: Path, base: Path) -> Path:
+def _make_coordinator(root: Path, base: Path, rows: list[bytes]) -> Path:
     ports = {"port": free_port(), "superlink_port": free_port()}
     more = {"prepare": {"test_share": 0.7, "validation_share": 0.05}, "federate": ports}
     home = make_checkout(root, PLACE / COORDINATOR, _settings(base, more))
-    rows = list(rows_of(" ".join(NODES.values()).split(), kept=True))
     for name, part, golden in (("golden", rows[:GOLDEN_ROWS], True), ("rows", rows[GOLDEN_ROWS:], False)):
         path = home / ".ratchet" / f"{name}.jsonl"
         write_bytes(path, part)
@@ -144,13 +153,11 @@ def _make_coordinator(root: Path, base: Path) -> Path:
     return home
 
 
-def _make_node(root: Path, name: str, base: Path, whose: Sequence[str] = ()) -> Path:
-    """Make a node with its rows, or with those of several nodes."""
+def _make_node(root: Path, name: str, base: Path, rows: list[bytes]) -> Path:
     more = {"prepare": {"test_share": 0.1, "validation_share": 0.1}}
     home = make_checkout(root, PLACE / name, _settings(base, more))
     path = home / ".ratchet/rows.jsonl"
-    modules = " ".join(NODES[one] for one in whose or [name]).split()
-    write_bytes(path, rows_of(modules, kept=False))
+    write_bytes(path, rows)
     ratchet(home, "ingest", "--path", str(path))
     return home
 
@@ -191,6 +198,7 @@ def _print_table(coordinator: Path, alone: dict[str, Path]) -> None:
     for title in ("trained by", "test rows", "golden rows"):
         table.add_column(title)
     found = read_metrics(coordinator / "reports/evaluation").slices
+    alone = dict(sorted(alone.items(), key=lambda item: item[0] not in NODES))
     table.add_row("nobody: the base", *(_cell(found[part]["base"].scores) for part in ("test", "golden")))
     for name, home in alone.items():
         own = read_metrics(home / ".ratchet/alone/evaluation").slices
