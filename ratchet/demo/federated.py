@@ -75,8 +75,11 @@ def deal_rows() -> dict[str, list[bytes]]:
     return dealt
 
 
-def run_demo(root: Path) -> None:
-    """Run the demo in .ratchet/federated. Raises RatchetError if a step fails."""
+def run_demo(root: Path, *, compare: bool = True) -> None:
+    """Run the demo in .ratchet/federated, with or without the trainings for comparison.
+
+    Raises RatchetError if a step fails.
+    """
     began = time.perf_counter()
     # All parties share this machine's cores; more threads than cores would wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(NODES))))
@@ -104,13 +107,7 @@ def run_demo(root: Path) -> None:
     _step(f"3  {ROUNDS} rounds: the adapter goes out, each node trains it, the updates become one")
     ratchet(coordinator, "federate", "run", "--reason", "three nodes, no row shared")
     ratchet(coordinator, "federate", "status")
-    _step("4  For comparison: each node alone, and all rows together in one place, as long as the rounds")
-    everything = [row for name in NODES for row in rows[name]]
-    alone = {"all rows in one place": _make_node(root, "together", base, everything), **nodes}
-    for home in nodes.values():  # what a node trains now is not a round
-        ratchet(home, "federate", "down")
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda home: _train_alone(home, coordinator), alone.values()))
+    alone = _compare(root, base, rows, nodes, coordinator) if compare else {}
     _print_table(coordinator, alone)
     _print_verdict(coordinator)
     console.print(f"\n[bold]{time.perf_counter() - began:.0f} s[/bold] in all")
@@ -119,6 +116,20 @@ def run_demo(root: Path) -> None:
         f"go on:  ratchet -C {there} federate status | history\n"
         f"stop:   ratchet -C {there} federate down && ratchet -C {there} down"
     )
+
+
+def _compare(
+    root: Path, base: Path, rows: dict[str, list[bytes]], nodes: dict[str, Path], coordinator: Path
+) -> dict[str, Path]:
+    """Train each node alone, and on all rows in one place; return their checkouts."""
+    _step("4  For comparison: each node alone, and all rows together in one place, as long as the rounds")
+    everything = [row for name in NODES for row in rows[name]]
+    alone = {"all rows in one place": _make_node(root, "together", base, everything), **nodes}
+    for home in nodes.values():  # what a node trains now is not a round
+        ratchet(home, "federate", "down")
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda home: _train_alone(home, coordinator), alone.values()))
+    return alone
 
 
 def _step(title: str) -> None:
@@ -226,4 +237,4 @@ def _print_verdict(coordinator: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_demo(project_root())
+    run_demo(project_root(), compare="--no-comparison" not in sys.argv)
