@@ -9,12 +9,9 @@ from __future__ import annotations
 
 from prefect import flow
 
-from flows.console import say
-from flows.retrain import Retrained, bring_up_to_date, train_with_nodes
+from flows.retrain import Retrained, bring_up_to_date, retraining, train_with_nodes
 from ratchet.config.params import load_config
-from ratchet.pipeline.checkout import check_lock, locked
 from ratchet.pipeline.stage import project_root
-from ratchet.pipeline.workspace import open_workspace
 
 
 @flow(name="federate", flow_run_name="federate: {reason}", persist_result=False)
@@ -26,9 +23,5 @@ def federate(root: str | None = None, reason: str = "by hand") -> Retrained:
     """
     home = project_root(root)
     config = load_config(home / "params.yaml")
-    with (
-        locked(home, "retrain"),
-        open_workspace(home, "retrain", say, keep_failed=config.retrain.keep_workspaces) as workspace,
-    ):
-        check_lock(home)
+    with retraining(home, config) as workspace:
         return train_with_nodes(workspace, config, reason, bring_up_to_date(workspace, force=True))

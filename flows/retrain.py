@@ -8,7 +8,8 @@ and the next run skips every stage and registers it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,17 +93,24 @@ def retrain(
         sources_for(region.topics if region else [], config.monitor) if topics is not None else []
     ):  # without a topic, only feedback is pulled
         pull_topic(home, source)
-    with (
-        locked(home, "retrain"),
-        open_workspace(home, "retrain", say, keep_failed=config.retrain.keep_workspaces) as workspace,
-    ):
-        check_lock(home)
+    with retraining(home, config) as workspace:
         if region:
             land_region(workspace, region)
         stale = bring_up_to_date(workspace, force)
         if config.retrain.trains_with == "nodes":
             return train_with_nodes(workspace, config, reason, stale)
         return go_round(workspace, config, reason, stale)
+
+
+@contextmanager
+def retraining(home: Path, config: Config) -> Iterator[Workspace]:
+    """Yield the workspace of a retraining, of which there is one at a time. Raises CheckoutError."""
+    with (
+        locked(home, "retrain"),
+        open_workspace(home, "retrain", say, keep_failed=config.retrain.keep_workspaces) as workspace,
+    ):
+        check_lock(home)
+        yield workspace
 
 
 def train_with_nodes(workspace: Workspace, config: Config, reason: str, stale: set[str]) -> Retrained:

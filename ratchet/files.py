@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -32,6 +33,20 @@ def write_bytes(path: Path, chunks: Iterable[bytes]) -> None:
         raise DiskSpaceError(
             f"cannot write {path}: {error.strerror or error}", remedy="free some room; nothing was changed"
         ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Write the file completely or not at all, readable by its owner only."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
+            out.write(data)
+            out.flush()
+            os.fsync(out.fileno())
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 

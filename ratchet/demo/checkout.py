@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from ratchet.config.docs import render_params
 from ratchet.config.params import Config
 from ratchet.errors import CheckoutError, RatchetError
+from ratchet.evaluation.statistics import Interval
 from ratchet.files import write_text
 from ratchet.pipeline.checkout import child_environment, git
 from ratchet.services.processes import find_port_fault
@@ -118,3 +120,13 @@ def run(home: Path, command: list[str], *, told: str) -> None:
             remedy=f"its message stands above; {shown(home)} is left as it was; `ratchet -C {shown(home)} "
             "down` stops the services",
         )
+
+
+def step(title: str) -> None:
+    """Print the title of a step of the story."""
+    console.rule(f"[bold]{escape(title)}", align="left")
+
+
+def cell(found: Interval) -> str:
+    """Return a share with its interval, for a table."""
+    return escape(f"{found.mean:.0%} [{found.low * 100:.0f}–{found.high * 100:.0f}]")

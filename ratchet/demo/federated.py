@@ -17,15 +17,23 @@ from typing import Any
 
 import msgspec
 import xxhash
-from rich.markup import escape
 from rich.table import Table
 
 from ratchet.config.data import PydocSource
 from ratchet.config.docs import render_params
 from ratchet.config.params import Config
-from ratchet.demo.checkout import console, free_port, make_checkout, make_values, ratchet, run, shown
+from ratchet.demo.checkout import (
+    cell,
+    console,
+    free_port,
+    make_checkout,
+    make_values,
+    ratchet,
+    run,
+    shown,
+    step,
+)
 from ratchet.evaluation.report import read_metrics
-from ratchet.evaluation.statistics import Interval
 from ratchet.federation.status import see_federation
 from ratchet.files import write_bytes, write_json, write_text
 from ratchet.models.manifests import MANIFEST
@@ -90,13 +98,13 @@ def run_demo(root: Path, *, compare: bool = True) -> None:
         ratchet(place / COORDINATOR, "down")
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
-    _step("1  A coordinator and three nodes: four clones, each with rows of its own, and the same base")
+    step("1  A coordinator and three nodes: four clones, each with rows of its own, and the same base")
     base, rows = _make_base(place), deal_rows()
     with ThreadPoolExecutor(2) as pool:
         making = {name: pool.submit(_make_node, root, name, base, rows[name]) for name in NODES}
         coordinator = _make_coordinator(root, base, rows[COORDINATOR])
         nodes = {name: made.result() for name, made in making.items()}
-    _step("2  The coordinator listens, with a certificate of its own; each node joins by its invitation")
+    step("2  The coordinator listens, with a certificate of its own; each node joins by its invitation")
     ratchet(coordinator, "up")
     ratchet(coordinator, "federate", "up")
     for name in nodes:
@@ -104,7 +112,7 @@ def run_demo(root: Path, *, compare: bool = True) -> None:
     for name, home in nodes.items():
         ratchet(home, "federate", "join", str(place / f"{name}.invitation"))
         (place / f"{name}.invitation").unlink()
-    _step(f"3  {ROUNDS} rounds: the adapter goes out, each node trains it, the updates become one")
+    step(f"3  {ROUNDS} rounds: the adapter goes out, each node trains it, the updates become one")
     ratchet(coordinator, "federate", "run", "--reason", "three nodes, no row shared")
     ratchet(coordinator, "federate", "status")
     alone = _compare(root, base, rows, nodes, coordinator) if compare else {}
@@ -122,7 +130,7 @@ def _compare(
     root: Path, base: Path, rows: dict[str, list[bytes]], nodes: dict[str, Path], coordinator: Path
 ) -> dict[str, Path]:
     """Train each node alone, and on all rows in one place; return their checkouts."""
-    _step("4  For comparison: each node alone, and all rows together in one place, as long as the rounds")
+    step("4  For comparison: each node alone, and all rows together in one place, as long as the rounds")
     everything = [row for name in NODES for row in rows[name]]
     alone = {"all rows in one place": _make_node(root, "together", base, everything), **nodes}
     for home in nodes.values():  # what a node trains now is not a round
@@ -130,10 +138,6 @@ def _compare(
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda home: _train_alone(home, coordinator), alone.values()))
     return alone
-
-
-def _step(title: str) -> None:
-    console.rule(f"[bold]{escape(title)}", align="left")
 
 
 def _make_base(place: Path) -> Path:
@@ -210,19 +214,15 @@ def _print_table(coordinator: Path, alone: dict[str, Path]) -> None:
         table.add_column(title)
     found = read_metrics(coordinator / "reports/evaluation").slices
     alone = dict(sorted(alone.items(), key=lambda item: item[0] not in NODES))
-    table.add_row("nobody: the base", *(_cell(found[part]["base"].scores) for part in ("test", "golden")))
+    lines = [("nobody: the base", found, "base")]
     for name, home in alone.items():
         own = read_metrics(home / ".ratchet/alone/evaluation").slices
-        told = f"{name} alone" if name in NODES else name
-        table.add_row(told, *(_cell(own[part]["candidate"].scores) for part in ("test", "golden")))
-    told = f"[bold]{len(NODES)} nodes together, no row shared[/bold]"
-    table.add_row(told, *(_cell(found[part]["candidate"].scores) for part in ("test", "golden")))
+        lines.append((f"{name} alone" if name in NODES else name, own, "candidate"))
+    lines.append((f"[bold]{len(NODES)} nodes together, no row shared[/bold]", found, "candidate"))
+    for told, slices, model in lines:
+        cells = (cell(slices[part][model].scores["exact_match"]) for part in ("test", "golden"))
+        table.add_row(told, *cells)
     console.print(table)
-
-
-def _cell(scores: dict[str, Interval]) -> str:
-    found = scores["exact_match"]
-    return escape(f"{found.mean:.0%} [{found.low * 100:.0f}–{found.high * 100:.0f}]")
 
 
 def _print_verdict(coordinator: Path) -> None:

@@ -26,14 +26,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from ratchet.config.params import Config, load_config
-from ratchet.demo.checkout import console, make_checkout, make_values, ratchet, run
+from ratchet.demo.checkout import cell, console, make_checkout, make_values, ratchet, run, step
 from ratchet.demo.clients import Reply, ask_gateway, summarise
 from ratchet.demo.follow import follow_retraining
 from ratchet.demo.material import CHART_BASE, SECOND, Charts, Documentation, Material
 from ratchet.demo.smollm2 import SHA256, TEMPLATE, find_smollm2
 from ratchet.errors import RatchetError
 from ratchet.evaluation.report import read_metrics
-from ratchet.evaluation.statistics import Interval, wilson
+from ratchet.evaluation.statistics import wilson
 from ratchet.promotion.rollout import read_rollout
 from ratchet.promotion.verdict import read_verdict
 from ratchet.services.status import ledger_lines, read_moves
@@ -151,11 +151,11 @@ def _choose(root: Path, base: str) -> tuple[str, Scale, Material]:
 
 def _story(home: Path, scale: Scale, material: Material, until: str) -> None:
     words = material.words
-    _step("1  MLflow, Prefect, the deployments and the gateway start, on 127.0.0.1 only")
+    step("1  MLflow, Prefect, the deployments and the gateway start, on 127.0.0.1 only")
     ratchet(home, "up")
-    _step(f"2  {words.rows}")
+    step(f"2  {words.rows}")
     material.take_in(home, scale.golden_rows, partial(ratchet, home))
-    _step(f"3  {words.base}, an adapter is trained on it, and the gate compares the two")
+    step(f"3  {words.base}, an adapter is trained on it, and the gate compares the two")
     if command := material.make_base(home):
         run(home, command, told=f"python {' '.join(command[1:])}")
     ratchet(home, "retrain", "--reason", words.reason)
@@ -164,30 +164,30 @@ def _story(home: Path, scale: Scale, material: Material, until: str) -> None:
     if until == "v1":
         return
     traffic = Traffic(home, material)
-    _step(f"4  {words.known}")
+    step(f"4  {words.known}")
     traffic.send(scale.requests, new=0.0)
     ratchet(home, "monitor")
-    _step(f"5  {words.new}")
+    step(f"5  {words.new}")
     traffic.send(scale.requests, new=0.5)
     ratchet(home, "monitor")
-    _step("6  The event has started a retraining, in the served deployment; v1 answers on")
+    step("6  The event has started a retraining, in the served deployment; v1 answers on")
     follow_retraining(home, say=console.print)
     _print_scores(home, {"base": "base", "champion": "v1", "candidate": "v2", "simple": "TF-IDF"})
     _print_looks(home)
     if not _print_verdict(home):
         return
-    _step(
+    step(
         "7  v2 gets a growing share of the users; their feedback decides, and the test allows any number of "
         "looks"
     )
     _roll_out(home, traffic, scale.look_requests)
-    _step("Before and after, as the users saw it")
+    step("Before and after, as the users saw it")
     traffic.print_table()
-    _step("The ledger")
+    step("The ledger")
     console.print("\n".join(escape(line) for line in ledger_lines(read_moves(home))))
     if not material.writes:
         return
-    _step(
+    step(
         "8  A teacher writes rows out of a document, for people to review; here it is a script that asks for "
         "each sentence, no model"
     )
@@ -263,7 +263,7 @@ class Traffic:
             shown.add_column(column, justify="right" if column == "asked" else "left")
         for score in summarise(self._replies):
             share = wilson(np.array([1.0] * score.right + [0.0] * (score.asked - score.right)), alpha=0.025)
-            shown.add_row(f"v{score.version}", score.kind, str(score.asked), _cell(share))
+            shown.add_row(f"v{score.version}", score.kind, str(score.asked), cell(share))
         console.print(shown)
 
 
@@ -288,7 +288,7 @@ def _print_scores(home: Path, names: dict[str, str]) -> None:
         shown.add_row(
             label,
             str(next(iter(part.values())).rows),
-            *(_cell(part[model].scores["exact_match"]) for model in names if model in part),
+            *(cell(part[model].scores["exact_match"]) for model in names if model in part),
         )
     console.print(shown)
 
@@ -298,10 +298,6 @@ def _print_looks(home: Path) -> None:
     for check in read_verdict(home / "reports/gate.json").checks:
         if check.name.startswith("pictures:"):
             console.print(f"  {check.name}: {check.result}: {check.reason}", markup=False)
-
-
-def _cell(found: Interval) -> str:
-    return escape(f"{found.mean:.0%} [{found.low * 100:.0f}–{found.high * 100:.0f}]")
 
 
 def _print_verdict(home: Path) -> bool:
@@ -327,10 +323,6 @@ def _print_pages(home: Path, config: Config) -> None:
         f"{mlflow}/#/models/{config.project.name}\nPrefect  {prefect}/runs\ngit log  git -C {PLACE} log "
         "--oneline"
     )
-
-
-def _step(title: str) -> None:
-    console.rule(f"[bold]{title}", align="left")
 
 
 @contextmanager

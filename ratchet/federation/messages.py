@@ -23,12 +23,6 @@ VERSION = 1  # of the messages; both sides have to speak the same
 MOST = 2**32  # bytes of one message
 
 
-class Join(msgspec.Struct, frozen=True, tag="join", forbid_unknown_fields=True):
-    """Ask a node who it is and what it holds, in numbers."""
-
-    run: str
-
-
 class Train(msgspec.Struct, frozen=True, tag="train", forbid_unknown_fields=True, kw_only=True):
     """Ask a node to train from the global adapter, which is among the tensors, on its own rows.
 
@@ -99,14 +93,7 @@ class Score(msgspec.Struct, frozen=True, tag="score", forbid_unknown_fields=True
     least: int
 
 
-Request = Join | Train | Keys | Deal | Mask | Reveal | Score
-
-
-class Here(msgspec.Struct, frozen=True, tag="here", forbid_unknown_fields=True):
-    """A node's answer to Join."""
-
-    version: int
-    rows: dict[str, int]  # split → rows
+Request = Train | Keys | Deal | Mask | Reveal | Score
 
 
 class Trained(msgspec.Struct, frozen=True, tag="trained", forbid_unknown_fields=True, kw_only=True):
@@ -149,7 +136,7 @@ class Refused(msgspec.Struct, frozen=True, tag="refused", forbid_unknown_fields=
     reason: str
 
 
-Reply = Here | Trained | Published | Dealt | Masked | Revealed | Scored | Refused
+Reply = Trained | Published | Dealt | Masked | Revealed | Scored | Refused
 
 
 class Message(NamedTuple):

@@ -11,6 +11,7 @@ A request that was answered before gets the same reply again, so a coordinator t
 from __future__ import annotations
 
 import datetime as dt
+import hashlib
 import json
 import shutil
 import subprocess
@@ -33,12 +34,11 @@ from ratchet.errors import DataError, RatchetError, UserError
 from ratchet.evaluation.node_scores import read_groups
 from ratchet.federation import masking, messages
 from ratchet.federation.aggregation import DOWN
-from ratchet.federation.link.certificates import write_secret
 from ratchet.federation.messages import Message, write_message
 from ratchet.federation.records import NODE, TOOK_PART, Done, read_node, read_rounds
 from ratchet.federation.secure import tag_of, words_of
 from ratchet.federation.state import GLOBAL, KEPT
-from ratchet.files import read_json, sha256_json, whole_folder, write_bytes, write_json
+from ratchet.files import read_json, sha256_json, whole_folder, write_bytes, write_json, write_private
 from ratchet.models.adapters import RESIDUAL, complete_version
 from ratchet.models.loading import MANIFEST, WEIGHTS
 from ratchet.models.manifests import read_trained_manifest
@@ -77,7 +77,7 @@ def identity(base: Path) -> dict[str, Any]:
 def handle(root: Path, data: bytes) -> bytes:
     """Return the reply to a request. What fails becomes a reply as well: Refused."""
     folder = root / NODE
-    kept = folder / "replies" / f"{_sha256(data)}.safetensors"
+    kept = folder / "replies" / f"{hashlib.sha256(data).hexdigest()}.safetensors"
     if kept.exists():
         return kept.read_bytes()
     try:
@@ -94,12 +94,6 @@ def handle(root: Path, data: bytes) -> bytes:
     return reply
 
 
-def _sha256(data: bytes) -> str:
-    import hashlib
-
-    return hashlib.sha256(data).hexdigest()
-
-
 # --- training ---
 
 
@@ -110,12 +104,6 @@ class Work(NamedTuple):
     prepared: Path
     tokens: Path
     params: Path
-
-
-def _join(root: Path, folder: Path, message: Message) -> bytes:
-    raw = root / "data/raw"
-    rows = sum(1 for path in sorted(raw.rglob("*.jsonl")) for line in path.open("rb") if line.strip())
-    return write_message(messages.Here(messages.VERSION, {"raw": rows}))
 
 
 def _train(root: Path, folder: Path, message: Message) -> bytes:
@@ -233,7 +221,7 @@ def prepare(
     if not any((data / "raw").glob("**/*.jsonl")):
         raise Refusal("this node holds no batch of rows")
     forgotten = data / "forgotten.jsonl"
-    made = _made(
+    made = sha256_json(
         {"base": config["base"], "method": [params["adapter"][key] for key in ("method", "quantisation")]}
     )
     paths = {"params": work.params, "out": work.base, "proof": folder / "proof.json"}
@@ -245,10 +233,10 @@ def prepare(
             f"{_short(base.get(odd))}; set `base.model` and `base.revision` as the coordinator has them"
         )
     inputs = [data / "raw", data / "golden.jsonl", forgotten]
-    made = _made({"prepare": config["prepare"], "files": list(_stamps(inputs))})
+    made = sha256_json({"prepare": config["prepare"], "files": list(_stamps(inputs))})
     raw = {"raw": data / "raw", "golden": data / "golden.jsonl", "forgotten": forgotten}
     _once(root, "prepare", work.prepared, made, {"params": work.params, **raw, "out": work.prepared})
-    made = _made(
+    made = sha256_json(
         {
             "before": made,
             "base": dict(base),
@@ -264,10 +252,6 @@ def prepare(
 def _short(value: object) -> str:
     text = str(value)
     return text if len(text) <= 60 else f"sha256 {sha256_json(value)[:16]}"
-
-
-def _made(inputs: Mapping[str, Any]) -> str:
-    return sha256_json(inputs)
 
 
 def _stamps(paths: Iterable[Path]) -> Iterable[tuple[str, int, int]]:
@@ -404,7 +388,7 @@ def _restore(folder: Path, asked: Any) -> masking.Member:
 
 
 def _store(folder: Path, asked: Any, member: masking.Member) -> None:
-    write_secret(_member(folder, asked), json.dumps(member.state()).encode())
+    write_private(_member(folder, asked), json.dumps(member.state()).encode())
 
 
 def _keys(root: Path, folder: Path, message: Message) -> bytes:
@@ -454,7 +438,6 @@ def _reveal(root: Path, folder: Path, message: Message) -> bytes:
 
 
 ANSWERS: dict[Any, Callable[[Path, Path, Message], bytes]] = {
-    messages.Join: _join,
     messages.Train: _train,
     messages.Score: _score,
     messages.Keys: _keys,

@@ -32,7 +32,7 @@ from ratchet.files import read_json, write_bytes, write_json
 STATE = "global.safetensors"
 SERVER = "strategy.safetensors"  # what a strategy keeps from round to round
 STEP_SECONDS = 120.0  # that a node has for a step without training
-WAIT_SECONDS = 30.0  # between two looks for nodes that are away
+WAIT_SECONDS = 1.0  # between two looks for nodes that are away
 
 Say = Callable[[str], None]
 
@@ -164,7 +164,7 @@ def _wait_for_nodes(link: Link, home: Path, settings: FederateConfig, say: Say) 
         if not told:
             say(f"waiting for nodes: {len(nodes)} of {settings.min_nodes} are connected")
             told = True
-        time.sleep(min(WAIT_SECONDS, 1.0))
+        time.sleep(WAIT_SECONDS)
     write_json(note, nodes)
     return nodes
 

@@ -9,7 +9,6 @@ import base64
 import binascii
 import hashlib
 import hmac
-import os
 import secrets
 import time
 from collections.abc import Iterable
@@ -18,6 +17,7 @@ from pathlib import Path
 import msgspec
 
 from ratchet.errors import CheckoutError, UserError
+from ratchet.files import write_private
 from ratchet.serving.faults import Fault
 
 FILE = Path(".ratchet/keys.json")
@@ -145,20 +145,6 @@ class Doorkeeper:
                 code="invalid_api_key",
             )
         return found
-
-
-def write_private(path: Path, data: bytes) -> None:
-    """Write the file completely or not at all, readable by its owner only."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
-            out.write(data)
-            out.flush()
-            os.fsync(out.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _write_keys(root: Path, keys: list[Key]) -> None:

@@ -11,7 +11,7 @@ import secrets
 from pathlib import Path
 
 from ratchet.errors import CheckoutError
-from ratchet.gateway.auth import write_private
+from ratchet.files import write_private
 
 FILE = Path(".ratchet/gateway.key")
 KEY_BYTES = 32

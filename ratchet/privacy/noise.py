@@ -14,7 +14,6 @@ added to (Mironov 2012). As in Opacus's secure mode, each is a sum of four (arXi
 from __future__ import annotations
 
 import math
-import os
 import secrets
 from enum import IntEnum
 from pathlib import Path
@@ -25,6 +24,7 @@ import numpy.typing as npt
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
 from ratchet.errors import RatchetError
+from ratchet.files import write_private
 
 KEY_BYTES = 32
 KEY_FILE = "privacy.key"
@@ -43,16 +43,7 @@ def keep_key(folder: Path) -> bytes:
     """Return the key in `folder`; make one if there is none. Raises RatchetError for a broken one."""
     path = folder / KEY_FILE
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        half = folder / f".{KEY_FILE}.{os.getpid()}.tmp"
-        half.unlink(missing_ok=True)
-        handle = os.open(half, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            os.write(handle, secrets.token_bytes(KEY_BYTES))
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-        half.rename(path)
+        write_private(path, secrets.token_bytes(KEY_BYTES))
     key = path.read_bytes()
     if len(key) != KEY_BYTES:
         raise RatchetError(

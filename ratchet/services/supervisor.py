@@ -106,16 +106,7 @@ def start_service(
             require_free_port(plan.port, plan.key)
         _start(root, plan, report)
         try:
-            while not is_ready():
-                record, waited = _read_record(root, plan.name), time.monotonic() - began
-                if record is None or _find_process(record) is None:
-                    raise ServiceError(
-                        f"{plan.name} ended before it was ready\n{_quote_log(root, plan.name)}"
-                    )
-                if waited > timeout:
-                    raise ServiceError(
-                        f"{plan.name} is not ready after {timeout:.0f} s\n{_quote_log(root, plan.name)}"
-                    )
+            while not _is_ready(root, plan, time.monotonic() - began, timeout, lambda _: is_ready()):
                 time.sleep(0.3)
         except BaseException:
             stop_service(root, plan.name)
@@ -227,15 +218,24 @@ def _start(root: Path, plan: Plan, report: Report) -> None:
     report(f"{plan.name}: starts, process {process.pid}, log {log}")
 
 
-def _is_ready(root: Path, plan: Plan, waited: float, timeout: float) -> bool:
-    """Ask the service. Raises ServiceError with the log's last lines when it died or took too long."""
+def _is_ready(
+    root: Path,
+    plan: Plan,
+    waited: float,
+    timeout: float,
+    answers: Callable[[Record], bool] | None = None,
+) -> bool:
+    """Ask the service, by `answers` where it is not asked over HTTP.
+
+    Raises ServiceError with the log's last lines when it died or took too long.
+    """
     record = _read_record(root, plan.name)
     if record is None or _find_process(record) is None:
         raise ServiceError(
             f"{plan.name} ended before it answered\n{_quote_log(root, plan.name)}",
             remedy="the log says why; ratchet doctor looks for known causes",
         )
-    if _answers(record):
+    if (answers or _answers)(record):
         return True
     if waited > timeout:
         raise ServiceError(

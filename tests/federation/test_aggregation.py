@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import drawn
 import pytest
 import torch
+from drawn import RANK, draw, update
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,7 +14,6 @@ from ratchet.federation.aggregation import (
     DOWN,
     UP,
     Adapter,
-    Aggregate,
     LowRank,
     distances,
     fold,
@@ -24,22 +25,11 @@ from ratchet.federation.aggregation import (
     update_of,
 )
 
-SHAPES = {"q": (24, 32), "up": (64, 32), "down": (32, 64)}
-RANK = 4
+SHAPES = {**drawn.SHAPES, "down": (32, 64)}
 
 
 def node(seed: int, spread: float = 1.0) -> dict[str, torch.Tensor]:
-    chance = torch.Generator().manual_seed(seed)
-    made = {}
-    for layer, (rows, columns) in SHAPES.items():
-        made[layer + DOWN] = torch.randn(RANK, columns, generator=chance) * spread
-        made[layer + UP] = torch.randn(rows, RANK, generator=chance) * spread
-    return made | {"norm.weight": torch.randn(8, generator=chance)}
-
-
-def update(found: Aggregate, layer: str) -> torch.Tensor:
-    own = update_of(found.adapter, layer).dense()
-    return own + found.residual[layer].dense() if layer in found.residual else own
+    return draw(seed, spread, SHAPES)
 
 
 def mean_update(nodes: list[Adapter], weights: list[float], layer: str) -> torch.Tensor:

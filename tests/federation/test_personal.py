@@ -4,27 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from drawn import RANK, SHAPES, draw, update
 
 from ratchet.errors import UserError
-from ratchet.federation.aggregation import DOWN, UP, Aggregate, mean_exactly, update_of
+from ratchet.federation.aggregation import DOWN, Aggregate, mean_exactly, update_of
 from ratchet.federation.personal import SHARES, choose_mixture, cluster_nodes, cosine_distances, mix
-
-SHAPES = {"q": (24, 32), "up": (64, 32)}
-RANK = 4
 
 
 def node(seed: int, spread: float = 1.0) -> dict[str, torch.Tensor]:
-    chance = torch.Generator().manual_seed(seed)
-    made = {}
-    for layer, (rows, columns) in SHAPES.items():
-        made[layer + DOWN] = torch.randn(RANK, columns, generator=chance) * spread
-        made[layer + UP] = torch.randn(rows, RANK, generator=chance) * spread
-    return made
-
-
-def update(found: Aggregate, layer: str) -> torch.Tensor:
-    own = update_of(found.adapter, layer).dense()
-    return own + found.residual[layer].dense() if layer in found.residual else own
+    return draw(seed, spread, norm=False)
 
 
 def common() -> Aggregate:

@@ -6,35 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from drawn import SHAPES, draw, update
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from ratchet.errors import ConfigError, DataError, UserError
-from ratchet.federation.aggregation import DOWN, UP, Adapter, Aggregate, layers_of, update_of
+from ratchet.federation.aggregation import DOWN, UP, Adapter, layers_of, update_of
 from ratchet.federation.strategies import FedAdam, FedAvg, Krum, Strategy, TrimmedMean, make_strategy
-
-SHAPES = {"q": (24, 32), "up": (64, 32)}
-RANK = 4
-
-
-def node(seed: int, spread: float = 1.0) -> dict[str, torch.Tensor]:
-    chance = torch.Generator().manual_seed(seed)
-    made = {}
-    for layer, (rows, columns) in SHAPES.items():
-        made[layer + DOWN] = torch.randn(RANK, columns, generator=chance) * spread
-        made[layer + UP] = torch.randn(rows, RANK, generator=chance) * spread
-    return made | {"norm.weight": torch.randn(8, generator=chance)}
 
 
 def near(seed: int, spread: float = 0.05) -> dict[str, torch.Tensor]:
-    away = node(seed, spread)
-    return {name: weight + away[name] for name, weight in node(0).items()}
-
-
-def update(found: Aggregate, layer: str) -> torch.Tensor:
-    own = update_of(found.adapter, layer).dense()
-    return own + found.residual[layer].dense() if layer in found.residual else own
+    away = draw(seed, spread)
+    return {name: weight + away[name] for name, weight in draw(0).items()}
 
 
 def equal(one: Adapter, other: Adapter) -> bool:
@@ -48,7 +32,7 @@ ALL: list[Strategy] = [FedAvg(), FedAvg(exact=False), FedAdam(), TrimmedMean(1),
 @given(weights=st.lists(st.integers(1, 5000), min_size=2, max_size=8), seed=st.integers(0, 99))
 def test_the_exact_mean_is_that_of_whole_updates(weights: list[int], seed: int) -> None:
     nodes = [near(100 * seed + number) for number in range(len(weights))]
-    found = FedAvg().combine(node(0), nodes, weights, {})
+    found = FedAvg().combine(draw(0), nodes, weights, {})
     assert found.state == {}
     for layer in SHAPES:
         wanted = sum(
@@ -60,9 +44,9 @@ def test_the_exact_mean_is_that_of_whole_updates(weights: list[int], seed: int) 
 
 
 def test_factors_averaged_apart_give_another_update() -> None:
-    nodes = [node(1), node(2), node(3)]
-    apart = FedAvg(exact=False).combine(node(0), nodes, [1, 1, 1], {}).aggregate
-    exact = FedAvg().combine(node(0), nodes, [1, 1, 1], {}).aggregate
+    nodes = [draw(1), draw(2), draw(3)]
+    apart = FedAvg(exact=False).combine(draw(0), nodes, [1, 1, 1], {}).aggregate
+    exact = FedAvg().combine(draw(0), nodes, [1, 1, 1], {}).aggregate
     assert apart.residual == {}
     assert equal(apart.adapter, exact.adapter)  # what is missing is in the residual alone
     assert (update(apart, "q") - update(exact, "q")).norm() > 0.5 * update(exact, "q").norm()
@@ -70,22 +54,22 @@ def test_factors_averaged_apart_give_another_update() -> None:
 
 @pytest.mark.parametrize("strategy", [FedAvg(), FedAvg(exact=False)])
 def test_one_node_gives_its_own_bytes(strategy: Strategy) -> None:
-    found = strategy.combine(node(0), [node(5)], [17], {}).aggregate
-    assert found.residual == {} and equal(found.adapter, node(5))
+    found = strategy.combine(draw(0), [draw(5)], [17], {}).aggregate
+    assert found.residual == {} and equal(found.adapter, draw(5))
 
 
 @pytest.mark.parametrize("strategy", [FedAvg(), FedAvg(exact=False), TrimmedMean(1), Krum(1), Krum(1, 3)])
 def test_equal_nodes_give_what_one_of_them_has(strategy: Strategy) -> None:
-    found = strategy.combine(node(0), [node(5)] * 5, [3, 1000, 7, 1, 1], {}).aggregate
+    found = strategy.combine(draw(0), [draw(5)] * 5, [3, 1000, 7, 1, 1], {}).aggregate
     assert found.residual == {}
-    assert all(torch.allclose(found.adapter[name], weight, atol=1e-6) for name, weight in node(5).items())
+    assert all(torch.allclose(found.adapter[name], weight, atol=1e-6) for name, weight in draw(5).items())
 
 
 @pytest.mark.parametrize("strategy", ALL)
 def test_the_order_of_the_nodes_changes_nothing(strategy: Strategy) -> None:
     nodes, weights = [near(seed) for seed in range(1, 6)], [1.0, 20.0, 3.0, 4.0, 5.0]
-    one = strategy.combine(node(0), nodes, weights, {}).aggregate
-    other = strategy.combine(node(0), nodes[::-1], weights[::-1], {}).aggregate
+    one = strategy.combine(draw(0), nodes, weights, {}).aggregate
+    other = strategy.combine(draw(0), nodes[::-1], weights[::-1], {}).aggregate
     for layer in SHAPES:
         assert torch.allclose(update(one, layer), update(other, layer), atol=1e-5)
 
@@ -111,7 +95,7 @@ def test_fedadam_takes_the_steps_of_the_paper() -> None:
 
 def test_the_state_of_fedadam_survives_a_file(tmp_path: Path) -> None:
     nodes, weights = [near(seed) for seed in (1, 2, 3)], [1.0, 2.0, 3.0]
-    one = FedAdam().combine(node(0), nodes, weights, {})
+    one = FedAdam().combine(draw(0), nodes, weights, {})
     save_file(one.state, tmp_path / "state.safetensors")
     again = FedAdam().combine(
         one.aggregate.adapter, nodes, weights, load_file(tmp_path / "state.safetensors")
@@ -123,13 +107,13 @@ def test_the_state_of_fedadam_survives_a_file(tmp_path: Path) -> None:
 
 
 def test_nodes_that_learned_nothing_leave_fedadam_where_it_was() -> None:
-    found = FedAdam().combine(node(0), [node(0), node(0)], [1, 2], {})
-    assert equal(found.aggregate.adapter, node(0))
+    found = FedAdam().combine(draw(0), [draw(0), draw(0)], [1, 2], {})
+    assert equal(found.aggregate.adapter, draw(0))
 
 
 def test_a_state_of_another_adapter_is_refused() -> None:
-    state = FedAdam().combine(node(0), [node(1)], [1], {}).state
-    wider = {name: torch.cat([weight, weight]) for name, weight in node(0).items()}
+    state = FedAdam().combine(draw(0), [draw(1)], [1], {}).state
+    wider = {name: torch.cat([weight, weight]) for name, weight in draw(0).items()}
     with pytest.raises(DataError, match="state holds"):
         FedAdam().combine(wider, [wider], [1], state)
 
@@ -142,10 +126,10 @@ def test_robust_strategies_bear_one_poisoned_node_of_five(factor: float) -> None
     honest = [near(seed) for seed in range(1, 5)]
     poison = {name: weight * (factor if name.endswith(UP) else 1) for name, weight in near(9).items()}
     nodes = [*honest[:2], poison, *honest[2:]]
-    wanted = FedAvg().combine(node(0), honest, [1] * 4, {}).aggregate
+    wanted = FedAvg().combine(draw(0), honest, [1] * 4, {}).aggregate
 
     def harm(strategy: Strategy) -> float:
-        found = strategy.combine(node(0), nodes, [1, 1, 1000, 1, 1], {}).aggregate
+        found = strategy.combine(draw(0), nodes, [1, 1, 1000, 1, 1], {}).aggregate
         return max(
             float((update(found, layer) - update(wanted, layer)).norm() / update(wanted, layer).norm())
             for layer in layers_of(wanted.adapter)
@@ -164,12 +148,12 @@ def test_robust_strategies_bear_one_poisoned_node_of_five(factor: float) -> None
 def test_too_few_nodes_are_refused(strategy: Strategy) -> None:
     few = strategy.least_nodes - 1
     with pytest.raises(UserError, match=f"{few} nodes took part, .* at least {strategy.least_nodes} nodes"):
-        strategy.combine(node(0), [node(1)] * few, [1] * few, {})
-    strategy.combine(node(0), [node(1)] * (few + 1), [1] * (few + 1), {})
+        strategy.combine(draw(0), [draw(1)] * few, [1] * few, {})
+    strategy.combine(draw(0), [draw(1)] * (few + 1), [1] * (few + 1), {})
 
 
 @pytest.mark.parametrize("strategy", ALL)
-def test_an_adapter_unlike_the_one_before_is_refused_with_its_node(strategy: Strategy) -> None:
+def test_an_adapter_unlike_the_one_before_is_refused_with_its_draw(strategy: Strategy) -> None:
     good = [near(seed) for seed in range(1, 5)]
     broken = {
         "lacks q.lora_A.weight": {name: weight for name, weight in near(5).items() if name != "q" + DOWN},
@@ -181,7 +165,7 @@ def test_an_adapter_unlike_the_one_before_is_refused_with_its_node(strategy: Str
     }
     for said, adapter in broken.items():
         with pytest.raises(DataError, match=said):
-            strategy.combine(node(0), [*good[:2], adapter, *good[2:]], [1] * 5, {})
+            strategy.combine(draw(0), [*good[:2], adapter, *good[2:]], [1] * 5, {})
 
 
 def test_a_strategy_has_a_name() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime as dt
 import ipaddress
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,21 +21,12 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from ratchet.errors import UserError
-from ratchet.files import write_text
+from ratchet.files import write_private, write_text
 
 AUTHORITY, CERTIFICATE, KEY = "authority.pem", "certificate.pem", "certificate.key"
 AUTHORITY_KEY = "authority.key"
 DAYS = 825  # a certificate's life; the authority's is four times that
 RENEWED = dt.timedelta(days=30)  # before its end
-
-
-def write_secret(path: Path, data: bytes) -> None:
-    """Write a file that only its owner can read."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.unlink(missing_ok=True)
-    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(data)
-    partial.replace(path)
 
 
 def make_certificates(folder: Path, hosts: Sequence[str]) -> bool:
@@ -53,7 +43,7 @@ def make_certificates(folder: Path, hosts: Sequence[str]) -> bool:
         builder = _builder(name, name, key.public_key(), 4 * DAYS).add_extension(
             x509.BasicConstraints(ca=True, path_length=0), critical=True
         )
-        write_secret(folder / AUTHORITY_KEY, _private(key))
+        write_private(folder / AUTHORITY_KEY, _private(key))
         write_text(folder / AUTHORITY, _public(builder.sign(key, hashes.SHA384())))
         made = True
     if made or not _serves(folder, hosts):
@@ -88,7 +78,7 @@ def _make_certificate(folder: Path, hosts: Sequence[str]) -> None:
             x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key()), critical=False
         )
     )
-    write_secret(folder / KEY, _private(key))
+    write_private(folder / KEY, _private(key))
     write_text(folder / CERTIFICATE, _public(builder.sign(authority_key, hashes.SHA384())))
 
 
@@ -146,7 +136,7 @@ def node_key(path: Path) -> str:
     if not path.exists():
         made = ec.generate_private_key(ec.SECP384R1())
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_secret(path, made.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
+        write_private(path, made.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
     try:
         key = load_ssh_private_key(path.read_bytes(), None)
     except ValueError as error:

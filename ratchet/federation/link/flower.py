@@ -152,11 +152,6 @@ class FlowerLink:
             )
         return found
 
-    def forget(self) -> None:
-        """Remove what was asked and answered: nothing will ask for it again."""
-        for folder in self._exchange.glob("ask-*"):
-            shutil.rmtree(folder)
-
     def _check_alive(self) -> None:
         sign = self._exchange / "alive"
         if not sign.exists() or time.time() - sign.stat().st_mtime > ALIVE_SECONDS:

@@ -7,21 +7,21 @@ invitation without one.
 
 from __future__ import annotations
 
-import contextlib
 import re
+import shutil
 import tempfile
 from pathlib import Path
 
 import msgspec
 
 from ratchet.config.params import Config
-from ratchet.errors import RatchetError, UserError
+from ratchet.errors import UserError
 from ratchet.federation import records
 from ratchet.federation.link import flower
-from ratchet.federation.link.certificates import AUTHORITY, node_key, write_secret
+from ratchet.federation.link.certificates import AUTHORITY, node_key
 from ratchet.federation.link.flower import Control, read_names
 from ratchet.federation.link.party import NODE_AUTHORITY, NODE_KEY, READY
-from ratchet.files import write_json, write_text
+from ratchet.files import write_json, write_private, write_text
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 HOURS = re.compile(r"([01]?\d|2[0-4])-([01]?\d|2[0-4])")
@@ -60,7 +60,7 @@ def invite(root: Path, config: Config, name: str, out: Path, public_key: Path | 
     write_json(folder / "nodes.json", {**names, number: name})
     url = f"{config.federate.names[0]}:{config.federate.port}"
     invitation = Invitation(name, url, (folder / "tls" / AUTHORITY).read_text(), key)
-    write_secret(out, msgspec.json.format(msgspec.json.encode(invitation)))
+    write_private(out, msgspec.json.format(msgspec.json.encode(invitation)))
     return out
 
 
@@ -103,7 +103,7 @@ def accept(
     key = folder / NODE_KEY
     if found.key:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_secret(key, found.key.encode())
+        write_private(key, found.key.encode())
     elif not key.exists():
         raise UserError(
             f"{path} holds no key, and this checkout has none",
@@ -117,11 +117,8 @@ def accept(
 
 def forget(root: Path) -> None:
     """Remove a node's key and settings, and all that rounds left but their records."""
-    import shutil
-
     folder = root / records.NODE
     for name in (NODE_KEY, NODE_AUTHORITY, records.SETTINGS):
         (folder / name).unlink(missing_ok=True)
     for name in ("work", "replies", "supernode"):
-        with contextlib.suppress(OSError, RatchetError):
-            shutil.rmtree(folder / name)
+        shutil.rmtree(folder / name, ignore_errors=True)
