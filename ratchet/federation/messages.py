@@ -19,7 +19,8 @@ from torch import Tensor
 from ratchet.errors import DataError
 from ratchet.evaluation.node_scores import Sums
 
-VERSION = 1  # of the messages; both sides have to speak the same
+ENVELOPE = "message"  # the entry of the metadata that holds version and header
+VERSION = 2  # of the messages; both sides have to speak the same
 MOST = 2**32  # bytes of one message
 
 
@@ -144,10 +145,19 @@ class Message(NamedTuple):
     tensors: dict[str, Tensor]
 
 
+class _Envelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    version: int
+    header: msgspec.Raw
+
+
 def write_message(header: Request | Reply, tensors: Mapping[str, Tensor] | None = None) -> bytes:
+    """Return the bytes of a message; the same message has the same bytes in every process.
+
+    All that is said stands in one entry, since safetensors writes several in an order that changes.
+    """
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in (tensors or {}).items()}
-    text = msgspec.json.encode(header).decode()
-    return save(held or {"nothing": torch.zeros(0)}, {"header": text, "version": str(VERSION)})
+    text = msgspec.json.encode({"version": VERSION, "header": header}).decode()
+    return save(held or {"nothing": torch.zeros(0)}, {ENVELOPE: text})
 
 
 def read_request(data: bytes) -> Message:
@@ -164,13 +174,13 @@ def _read(data: bytes, kinds: Any) -> Message:
     if len(data) > MOST:
         raise DataError(f"a message of {len(data)} bytes came; wanted at most {MOST}")
     try:
-        metadata = _metadata(data)
-        if metadata.get("version") != str(VERSION):
+        envelope = msgspec.json.decode(_metadata(data)[ENVELOPE], type=_Envelope)
+        if envelope.version != VERSION:
             raise DataError(
-                f"a message of version {str(metadata.get('version'))[:20]} came, this side speaks {VERSION}",
+                f"a message of version {envelope.version} came, this side speaks {VERSION}",
                 remedy="bring the coordinator and its nodes to the same version of the code",
             )
-        header = msgspec.json.decode(metadata["header"], type=kinds)
+        header = msgspec.json.decode(envelope.header, type=kinds)
         tensors = load(data)
     except (SafetensorError, msgspec.DecodeError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise DataError(f"a message came that cannot be read: {type(error).__name__}: {error}") from None
