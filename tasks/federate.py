@@ -24,9 +24,10 @@ from ratchet.errors import BaseModelError, ConfigError
 from ratchet.evaluation.node_scores import FILE as SCORES
 from ratchet.evaluation.node_scores import Scores
 from ratchet.federation.aggregation import Aggregate, fold
+from ratchet.federation.link.flower import FOLDER
 from ratchet.federation.messages import Score
 from ratchet.federation.node import identity, write_adapter
-from ratchet.federation.records import Round
+from ratchet.federation.records import ROUNDS, Round, read_forgotten_nodes
 from ratchet.federation.rounds import Link, Plan, Say, run_rounds, score_at_nodes
 from ratchet.federation.state import split
 from ratchet.files import read_json, sha256_json, whole_folder, write_json
@@ -37,8 +38,7 @@ from ratchet.pipeline.dag import stage_key
 from ratchet.tracking.curve import History
 from ratchet.training.schedule import Figures
 
-RUN = Path(".ratchet/federation/coordinator/run")
-ROUNDS = "rounds.json"  # beside the figures of the training
+RUN = FOLDER / "run"
 SECTIONS = ("tokenize", "train", "adapter")  # of params.yaml: what the nodes take from the coordinator
 
 
@@ -76,7 +76,9 @@ def train_together(workspace: Path, root: Path, config: Config, link: Link, say:
     base, incumbent = workspace / "models/base", workspace / "models/incumbent"
     adapter = config.adapter
     scale = adapter.alpha / (adapter.rank**0.5 if adapter.method == "rslora" else adapter.rank)
-    start, adapter_config, from_champion = _start(base, incumbent, config, scale)
+    forgotten = forgotten_of(root, incumbent)
+    start, adapter_config, earlier = _start(base, incumbent, config, scale, forgotten, say)
+    from_champion = earlier is not None
     params = {name: getattr(config, name).model_dump(mode="json") for name in SECTIONS}
     params["train"]["privacy"]["trainings"] = config.federate.rounds
     inputs = {
@@ -133,11 +135,14 @@ def train_together(workspace: Path, root: Path, config: Config, link: Link, say:
             batches=read_json(incumbent / MANIFEST)["batches"] if from_champion else [],
             profile=profile,
             adapter=whole,
-            more={"federation": msgspec.to_builtins(together)},
+            more={
+                "federation": msgspec.to_builtins(together),
+                "taught_by": sorted({*together.nodes, *(earlier or [])}),
+            },
         )
     key = read_trained_manifest(workspace / "models/candidate").run_key
     weights = sum(tensor.numel() for tensor in start.adapter.values())
-    scores = None if config.federate.secure else _score(workspace, link, plan, config, say)
+    scores = _score(workspace, link, plan, config, say)
     return _write_reports(workspace / "reports/train", rounds, scores, profile, key, weights, config)
 
 
@@ -161,6 +166,8 @@ def _score(workspace: Path, link: Link, plan: Plan, config: Config, say: Say) ->
         max_length=read_json(folders["candidate"] / MANIFEST)["max_length"],
         metric=config.gate.metric,
         least=config.federate.least_rows,
+        masked=config.federate.secure,
+        round=config.federate.rounds + 1,  # its keys are not those of a round of training
     )
     scores = score_at_nodes(link, plan, asked, tensors)
     for name, reason in scores.left_out.items():
@@ -168,16 +175,27 @@ def _score(workspace: Path, link: Link, plan: Plan, config: Config, say: Say) ->
     return scores
 
 
+def forgotten_of(root: Path, version: Path) -> list[str]:
+    """Return the nodes that taught a version and were forgotten since."""
+    names = {node.name for node in read_forgotten_nodes(root / FOLDER)}
+    return sorted(names.intersection(read_trained_manifest(version).taught_by))
+
+
 def _start(
-    base: Path, incumbent: Path, config: Config, scale: float
-) -> tuple[Aggregate, dict[str, Any], bool]:
-    """Return the first global adapter, PEFT's description of it, and whether it is the champion's."""
+    base: Path, incumbent: Path, config: Config, scale: float, forgotten: Sequence[str], say: Say
+) -> tuple[Aggregate, dict[str, Any], list[str] | None]:
+    """Return the first global adapter, PEFT's description of it, and the nodes that taught it: none at all
+    (None) where it is fresh, and not the champion's.
+    """
     with tempfile.TemporaryDirectory(prefix="ratchet-federate-") as scratch:
         fresh = Path(scratch)
         save_trained(load_trainable(base, None, config.adapter, seed=config.train.seed), base, fresh)
         described, weights = read_json(fresh / "adapter_config.json"), load_file(fresh / WEIGHTS)
     if config.train.start_from == "base" or read_json(incumbent / MANIFEST)["version"] is None:
-        return Aggregate(weights, {}), described, False
+        return Aggregate(weights, {}), described, None
+    if forgotten:
+        say(f"federate: from the base, since {', '.join(forgotten)} taught the champion and was forgotten")
+        return Aggregate(weights, {}), described, None
     manifest = read_trained_manifest(incumbent)
     theirs, theirs_together = manifest.adapter, manifest.federation
     if (incumbent / "base").exists() or theirs.method not in ("lora", "qlora", "rslora"):
@@ -198,7 +216,7 @@ def _start(
             remedy="set it as the champion has it, or `train.start_from: base`",
         )
     root = theirs.rank**0.5 if theirs.method == "rslora" else theirs.rank
-    return split(champion, config.adapter.rank, theirs.alpha / root / scale), described, True
+    return split(champion, config.adapter.rank, theirs.alpha / root / scale), described, manifest.taught_by
 
 
 def _run_id(root: Path, inputs: dict[str, str], say: Say) -> str:
@@ -223,13 +241,15 @@ def forget_run(root: Path) -> None:
 def _write_reports(
     reports: Path,
     rounds: Sequence[Round],
-    scores: Scores | None,
+    scores: Scores,
     profile: Any,
     key: str,
     weights: int,
     config: Config,
 ) -> Figures:
     steps = [max(part.steps for part in each.nodes) for each in rounds]
+    tokens = sum(part.learned_tokens for each in rounds for part in each.nodes)
+    seconds = sum(each.seconds for each in rounds)
     best = min(
         range(len(rounds)),
         key=lambda place: loss if (loss := rounds[place].validation_loss) is not None else float("inf"),
@@ -239,10 +259,10 @@ def _write_reports(
         "best_step": sum(steps[: best + 1]),
         "best_validation_loss": rounds[best].validation_loss,
         "train_loss": rounds[-1].train_loss,
-        "seconds": sum(each.seconds for each in rounds),
+        "seconds": seconds,
         "trainable_weights": weights,
         "epochs": config.train.epochs * len(rounds),
-        "learned_tokens_per_second": 0.0,
+        "learned_tokens_per_second": tokens / seconds if seconds else 0.0,
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "run_key": key,
         "rows": {**profile["train"], "rows": rounds[-1].rows, "new": rounds[-1].rows, "replayed": 0},
@@ -256,6 +276,5 @@ def _write_reports(
                 history.add(sum(steps[: place + 1]), values)
         write_json(folder / "figures.json", figures)
         write_json(folder / ROUNDS, msgspec.to_builtins(list(rounds)))
-        if scores:
-            write_json(folder / SCORES, msgspec.to_builtins(scores))
+        write_json(folder / SCORES, msgspec.to_builtins(scores))
     return figures

@@ -19,7 +19,7 @@ from ratchet.files import read_json, sha256_json
 from ratchet.models.manifests import TrainedManifest, describe_base, read_trained_manifest
 from ratchet.models.processors import kinds_read
 from ratchet.promotion.champion import Data, GateLine
-from ratchet.promotion.lineage import STARTED_FROM
+from ratchet.promotion.lineage import STARTED_FROM, TAUGHT_BY
 from ratchet.promotion.verdict import Verdict, read_verdict
 from ratchet.reporting.evaluation_page import gather, write_evaluation_page
 from ratchet.reporting.heatmap import draw
@@ -130,6 +130,7 @@ def register(found: Findings, config: Config, *, run_id: str, commit: str) -> Ve
     }
     if manifest.federation:
         facts["trained by"] = manifest.federation.told
+        facts["data"] += "; judged on these, not trained on them"
     if manifest.privacy:
         facts["privacy"] = manifest.privacy.told
     tags = {
@@ -144,6 +145,8 @@ def register(found: Findings, config: Config, *, run_id: str, commit: str) -> Ve
         "gate": json.dumps(msgspec.to_builtins(gate_line(decision))),
         "generation": json.dumps({"max_new_tokens": config.evaluate.max_new_tokens, "do_sample": False}),
     }
+    if manifest.taught_by:
+        tags[TAUGHT_BY] = json.dumps(manifest.taught_by)
     version = make_version(
         config.project.name,
         run_id,

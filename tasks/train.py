@@ -361,8 +361,17 @@ class Training:
                 batches={*self._profile["batches"], *read_json(self._incumbent / MANIFEST)["batches"]},
                 profile=self._profile,
                 adapter=self._config.adapter,
-                more=self._spent(self._spends, folder, ledger) if self._spends else {},
+                more={
+                    **self._taught_by(),
+                    **(self._spent(self._spends, folder, ledger) if self._spends else {}),
+                },
             )
+
+    def _taught_by(self) -> dict[str, list[str]]:
+        """Return the part of the manifest that names the nodes that taught the champion this learns from."""
+        learns = self._start or self._config.train.teacher
+        nodes = read_json(self._incumbent / MANIFEST).get("taught_by", [])
+        return {"taught_by": nodes} if learns and nodes else {}
 
     def _spent(self, spends: Spends, folder: Path, ledger: Path) -> dict[str, Any]:
         """Add this training to the ledger; return the part of the manifest that says what it promises."""

@@ -76,10 +76,35 @@ def remove(name: Annotated[str, typer.Argument(help="The node.")]) -> None:
 
     root = find_root()
     put_out(root, read_config(root), name)
-    say(
-        f"{name} is out. For a version without its share: set `train.start_from: base`, and ratchet federate "
-        "run. Versions that it took part in stay in the registry"
-    )
+    say(f"{name} is out. What it taught stays in the versions; ratchet federate forget {name} trains without")
+
+
+@app.command("forget")
+def forget(
+    name: Annotated[str, typer.Argument(help="The node.")], reason: Reason = "by hand", as_json: Json = False
+) -> None:
+    """Put a node out, and train anew from the base without it.
+
+    What this does not undo: versions that it taught stay in the registry and in git, answers that they gave
+    were given, and other nodes may keep adapters of that time.
+
+    Example: ratchet federate forget hospital-a --reason "it has left the group"
+    """
+    root = ready_root()
+    from flows.federate import federate
+    from flows.federate import forget as put_out
+    from ratchet.cli.loop import tell_retrained
+
+    versions = put_out(root, read_config(root), name, reason)
+    told = ", ".join(f"v{version}" for version in versions) or "no version"
+    note(f"{name} is forgotten; its share is in {told}; now the others train from the base")
+    found = federate(root=str(root), reason=f"without {name}: {reason}")
+    show(found._asdict(), as_json, lambda: tell_retrained(found))
+    if found.champion in versions:
+        note(
+            f"v{found.champion}, which {name} taught, is still in charge, since the gate did not put "
+            f"v{found.version} in its place: `ratchet promote {found.version} --force --reason '…'` would"
+        )
 
 
 @app.command("key")
@@ -126,10 +151,10 @@ def leave() -> None:
 
     Example: ratchet federate leave
     """
-    from ratchet.federation.link.invitations import forget
+    from ratchet.federation.link.invitations import leave as go
 
     down()
-    forget(find_root())
+    go(find_root())
 
 
 @app.command("run")

@@ -30,16 +30,29 @@ class Sums(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Scores(msgspec.Struct, frozen=True):
-    """The nodes' sums of one comparison; `left_out`: name → reason."""
+    """The nodes' sums of one comparison; `left_out`: name → reason.
+
+    `together` has them of all nodes. Under secure aggregation `summed` is all that is known, with the `names`
+    of the nodes in it.
+    """
 
     metric: str
     rival: str  # "champion" or "base"
     nodes: dict[str, dict[str, Sums]]  # by name and group
     left_out: dict[str, str]
+    summed: Sums | None = None
+    names: list[str] = []
+
+    @property
+    def count(self) -> int:
+        """Return the number of nodes in the sums."""
+        return len(self.names if self.summed else self.nodes)
 
     @property
     def together(self) -> dict[str, Sums]:
         """Return the sums over all nodes, by group."""
+        if self.summed:
+            return {ALL: self.summed}
         groups = sorted({group for sums in self.nodes.values() for group in sums})
         return {
             group: add([sums[group] for sums in self.nodes.values() if group in sums]) for group in groups

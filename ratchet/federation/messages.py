@@ -81,7 +81,7 @@ class Score(msgspec.Struct, frozen=True, tag="score", forbid_unknown_fields=True
 
     The tensors' names begin with `candidate:` and `champion:`; without the latter the candidate is compared
     with the base. A group of fewer rows than `least` is left out. `params` has the sections tokenize, train,
-    adapter and evaluate.
+    adapter and evaluate. With `masked` the node keeps its sums of all rows, and gives them under masks.
     """
 
     run: str
@@ -92,6 +92,8 @@ class Score(msgspec.Struct, frozen=True, tag="score", forbid_unknown_fields=True
     max_length: int  # of a row, in tokens
     metric: str
     least: int
+    masked: bool = False
+    round: int = 0  # of the secure sum
 
 
 Request = Train | Keys | Deal | Mask | Reveal | Score

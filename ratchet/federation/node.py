@@ -31,7 +31,7 @@ from torch import Tensor
 from ratchet.config.params import load_config
 from ratchet.config.training import AdapterConfig
 from ratchet.errors import DataError, RatchetError, UserError
-from ratchet.evaluation.node_scores import read_groups
+from ratchet.evaluation.node_scores import ALL, read_groups
 from ratchet.federation import masking, messages
 from ratchet.federation.aggregation import DOWN
 from ratchet.federation.messages import Message, write_message
@@ -61,6 +61,7 @@ NO_AUDITS = {
     "slices": [],
     "judge": {},
 }
+WORDS = "words.npy"  # what a node adds to a secure sum, until it gives it under masks
 KEPT_SECONDS = 7 * 86_400  # that a reply can be asked for again
 
 
@@ -157,7 +158,7 @@ def _train(root: Path, folder: Path, message: Message) -> bytes:
         return write_message(header, trained)
     start = load_file(run / "start" / WEIGHTS)
     words = words_of(trained, start, rows, asked.params["train"]["factors"])
-    write_bytes(run / "words.npy", [words.tobytes()])
+    write_bytes(run / WORDS, [words.tobytes()])
     return write_message(header)
 
 
@@ -370,7 +371,14 @@ def _score(root: Path, folder: Path, message: Message) -> bytes:
     _stage(root, "evaluate", paths, {"RATCHET_ROOT": str(folder)})
     groups = read_groups(run / "evaluation/scores.parquet", asked.metric, rival, asked.least)
     shutil.rmtree(run)
-    return write_message(messages.Scored(groups))
+    if not asked.masked:
+        return write_message(messages.Scored(groups))
+    if ALL not in groups:
+        raise Refusal(f"it has fewer than {asked.least} held-out rows")
+    place = _member(folder, asked).parent
+    place.mkdir(parents=True, exist_ok=True)
+    write_bytes(place / WORDS, [np.array(msgspec.structs.astuple(groups[ALL]), np.float64).tobytes()])
+    return write_message(messages.Scored({}))
 
 
 # --- secure aggregation ---
@@ -393,7 +401,7 @@ def _store(folder: Path, asked: Any, member: masking.Member) -> None:
 
 def _keys(root: Path, folder: Path, message: Message) -> bytes:
     asked: messages.Keys = message.header
-    if not (_member(folder, asked).parent / "words.npy").exists():
+    if not (_member(folder, asked).parent / WORDS).exists():
         raise Refusal(f"this node has trained nothing in round {asked.round} of {asked.run}")
     if _member(folder, asked).exists():
         raise Refusal("this node gave its keys of this round before; they serve once")
@@ -418,7 +426,7 @@ def _mask(root: Path, folder: Path, message: Message) -> bytes:
     asked: messages.Mask = message.header
     member = _restore(folder, asked)
     member.receive({sender: bytes.fromhex(letter) for sender, letter in asked.letters.items()})
-    values = np.frombuffer((_member(folder, asked).parent / "words.npy").read_bytes(), np.float64)
+    values = np.frombuffer((_member(folder, asked).parent / WORDS).read_bytes(), np.float64)
     words = member.mask(masking.encode(values, len(asked.letters) + 1))
     _store(folder, asked, member)
     return write_message(messages.Masked(), {"words": torch.from_numpy(words.view(np.int64))})

@@ -16,6 +16,8 @@ from ratchet.files import read_json
 NODE = Path(".ratchet/federation/node")  # a node's files, in its checkout
 SETTINGS, TOOK_PART = "node.json", "rounds.jsonl"
 RECORD = "round.json"  # of one round, at the coordinator
+FORGOTTEN = "forgotten-nodes.json"
+ROUNDS = "rounds.json"  # of all rounds of a version, beside the figures of its training
 
 
 class Node(msgspec.Struct, frozen=True):
@@ -61,6 +63,20 @@ def read_rounds(root: Path) -> list[Done]:
     )
 
 
+class ForgottenNode(msgspec.Struct, frozen=True):
+    """A node whose share no training goes on from."""
+
+    name: str
+    at: str
+    reason: str
+
+
+def read_forgotten_nodes(folder: Path) -> list[ForgottenNode]:
+    """Read the nodes that were forgotten, from the coordinator's folder."""
+    path = folder / FORGOTTEN
+    return msgspec.convert(read_json(path), list[ForgottenNode]) if path.exists() else []
+
+
 class Part(msgspec.Struct, frozen=True):
     """What a node did in a round; under secure aggregation its rows are not known."""
 
@@ -71,6 +87,7 @@ class Part(msgspec.Struct, frozen=True):
     train_loss: float
     validation_loss: float | None
     epsilon: float | None = None  # spent of the privacy of its rows, with earlier trainings
+    learned_tokens: int = 0  # not known under secure aggregation
 
 
 class Round(msgspec.Struct, frozen=True):
@@ -87,6 +104,11 @@ class Round(msgspec.Struct, frozen=True):
     moved: float
 
     @property
+    def sent_mib(self) -> float:
+        """Return what travelled, both ways, in MiB."""
+        return (self.sent_bytes + self.received_bytes) / 2**20
+
+    @property
     def train_loss(self) -> float:
         return _mean(self.nodes, "train_loss")
 
@@ -97,6 +119,12 @@ class Round(msgspec.Struct, frozen=True):
             if all(part.validation_loss is not None for part in self.nodes)
             else None
         )
+
+
+def read_trained_rounds(reports: Path) -> list[Round]:
+    """Read the rounds from a training's reports; without nodes there are none."""
+    path = reports / ROUNDS
+    return msgspec.convert(read_json(path), list[Round]) if path.exists() else []
 
 
 def _mean(parts: Sequence[Part], what: str) -> float:

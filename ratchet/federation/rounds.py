@@ -24,7 +24,7 @@ from ratchet.federation import aggregation, messages
 from ratchet.federation.aggregation import Aggregate, LowRank
 from ratchet.federation.messages import write_message
 from ratchet.federation.records import RECORD, Part, Round
-from ratchet.federation.secure import Sum
+from ratchet.federation.secure import Ask, Sum
 from ratchet.federation.state import distance, read_state, state_tensors, updates_of, write_state
 from ratchet.federation.strategies import make_strategy
 from ratchet.files import read_json, write_bytes, write_json
@@ -203,6 +203,7 @@ def _receive(
             trained.train_loss,
             trained.validation_loss,
             trained.epsilon,
+            trained.learned_tokens,
         )
         if not settings.secure:
             adapters[node] = message.tensors
@@ -290,10 +291,7 @@ def _sum(
     factors: str,
 ) -> tuple[Aggregate, int, Received]:
     """Return the aggregate and the number of rows from the nodes' masked sum. Raises UserError."""
-
-    def ask(requests: Mapping[str, bytes], step: str) -> dict[str, bytes | str]:
-        return link.ask(requests, STEP_SECONDS, f"{plan.run}-{number}-{step}")
-
+    ask = _step_of(link, plan, number)
     summed = Sum(plan.run, number, ask, plan.settings.min_nodes).of(
         list(received.parts), current.adapter, factors
     )
@@ -307,10 +305,18 @@ def _sum(
     return Aggregate(summed.weights, current.residual), summed.rows, found
 
 
+def _step_of(link: Link, plan: Plan, number: int) -> Ask:
+    def ask(requests: Mapping[str, bytes], step: str) -> dict[str, bytes | str]:
+        return link.ask(requests, STEP_SECONDS, f"{plan.run}-{number}-{step}")
+
+    return ask
+
+
 def score_at_nodes(link: Link, plan: Plan, asked: messages.Score, tensors: Mapping[str, Tensor]) -> Scores:
     """Ask the nodes that are connected to compare candidate and rival on their own held-out rows.
 
-    A node that does not answer with sums is named; none has to.
+    A node that does not answer with sums is named; none has to. With `asked.masked` the sum of all nodes is
+    all that is learned.
     """
     nodes, request = link.nodes(), write_message(asked, tensors)
     replies = link.ask(dict.fromkeys(nodes, request), plan.settings.round_minutes * 60, f"{plan.run}-score")
@@ -326,10 +332,21 @@ def score_at_nodes(link: Link, plan: Plan, asked: messages.Score, tensors: Mappi
                 raise UserError(getattr(header, "reason", f"it sent {type(header).__name__}"))
             if fault := check_sums(header.groups, asked.least):
                 raise UserError(fault)
-            if not header.groups:
+            if not header.groups and not asked.masked:
                 raise UserError(f"it has fewer than {asked.least} held-out rows")
             found[name] = header.groups
         except RatchetError as error:
             left_out[name] = str(error).splitlines()[0]
     rival = "champion" if "champion" in asked.adapters else "base"
-    return Scores(asked.metric, rival, found, left_out)
+    if not asked.masked:
+        return Scores(asked.metric, rival, found, left_out)
+    there = [node for node, name in nodes.items() if name in found]
+    sum_ = Sum(plan.run, asked.round, _step_of(link, plan, asked.round), plan.settings.min_nodes)
+    try:
+        values, summed = sum_.total(there, len(Sums.__struct_fields__))
+    except RatchetError as error:
+        left_out |= {nodes[node]: str(error).splitlines()[0] for node in there}
+        return Scores(asked.metric, rival, {}, left_out)
+    left_out |= {nodes[node]: reason for node, reason in sum_.left_out.items()}
+    sums = Sums(round(values[0]), *(float(value) for value in values[1:]))
+    return Scores(asked.metric, rival, {}, left_out, sums, sorted(nodes[node] for node in summed))

@@ -57,13 +57,20 @@ class Sum:
     def __init__(self, run: str, number: int, ask: Ask, least: int) -> None:
         """`least` nodes have to be in the sum."""
         self._run, self._number, self._ask, self._least = run, number, ask, least
-        self._left_out: dict[str, str] = {}
+        self.left_out: dict[str, str] = {}
         self._size = 0
 
     def of(self, nodes: list[str], current: Mapping[str, Tensor], factors: str) -> Summed:
         """Return the mean of the nodes' adapters. Raises UserError: too few of them went through."""
         names = masked_names(current, factors)
-        length = sum(current[name].numel() for name in names) + 1
+        values, summed = self.total(nodes, sum(current[name].numel() for name in names) + 1)
+        return self._mean(values, current, names, summed)
+
+    def total(self, nodes: list[str], length: int) -> tuple[Words, list[str]]:
+        """Return the sum of the nodes' vectors of this length, and who is in it.
+
+        Raises UserError: too few of them went through.
+        """
         places = dict(enumerate(sorted(nodes), start=1))
         threshold = len(places) // 2 + 1
         run, number = self._run, self._number
@@ -85,7 +92,7 @@ class Sum:
         for place, message in masked.items():
             words = message.tensors.get("words")
             if words is None or words.dtype != torch.int64 or tuple(words.shape) != (length,):
-                self._left_out[places[place]] = "it sent a vector of another length"
+                self.left_out[places[place]] = "it sent a vector of another length"
             else:
                 vectors[place] = words.numpy().view(np.uint64)
         self._check(vectors)
@@ -103,7 +110,7 @@ class Sum:
             tag=tag_of(run, number),
             threshold=threshold,
         )
-        return self._mean(masking.decode(total), current, names, [places[place] for place in sent])
+        return masking.decode(total), [places[place] for place in sent]
 
     def _step(
         self, name: str, requests: Mapping[int, messages.Request], places: Mapping[int, str]
@@ -123,13 +130,13 @@ class Sum:
                     raise UserError(getattr(message.header, "reason", f"it sent {kind}"))
                 found[place] = message
             except RatchetError as error:
-                self._left_out[places[place]] = f"{name}: {str(error).splitlines()[0]}"
+                self.left_out[places[place]] = f"{name}: {str(error).splitlines()[0]}"
         self._check(found)
         return found
 
     def _check(self, found: Mapping[int, object]) -> None:
         if len(found) < self._least:
-            why = "; ".join(f"{node}: {reason}" for node, reason in self._left_out.items())
+            why = "; ".join(f"{node}: {reason}" for node, reason in self.left_out.items())
             raise UserError(
                 f"{len(found)} nodes are in the sum of round {self._number}, wanted {self._least}: {why}",
                 remedy="the champion stays; mend the nodes that are named, and start the training again",
@@ -149,7 +156,7 @@ class Sum:
             change = torch.from_numpy(values[place : place + old.numel()].copy()).reshape(old.shape) / rows
             mean[name] = (old.double() + change).to(old.dtype)
             place += old.numel()
-        return Summed(mean, rows, nodes, self._left_out, self._size)
+        return Summed(mean, rows, nodes, self.left_out, self._size)
 
 
 WANTED: dict[str, type] = {

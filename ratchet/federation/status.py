@@ -8,7 +8,17 @@ import msgspec
 
 from ratchet.federation.link import flower
 from ratchet.federation.link.flower import read_names
-from ratchet.federation.records import NODE, RECORD, SETTINGS, Done, Node, Round, read_node, read_rounds
+from ratchet.federation.records import (
+    NODE,
+    RECORD,
+    SETTINGS,
+    Done,
+    Node,
+    Round,
+    read_node,
+    read_rounds,
+    read_trained_rounds,
+)
 from ratchet.files import read_json
 from ratchet.services.specs import FEDERATION
 from ratchet.services.supervisor import is_running
@@ -26,7 +36,7 @@ class Federation(msgspec.Struct, frozen=True):
 
 
 def see_federation(root: Path) -> Federation:
-    folder, reports = root / flower.FOLDER, root / "reports/train/rounds.json"
+    folder = root / flower.FOLDER
     runs, names = is_running(root, FEDERATION), read_names(folder)
     connected = folder / "exchange/nodes.json"
     here = set(read_json(connected)) if runs and connected.exists() else set()
@@ -38,7 +48,7 @@ def see_federation(root: Path) -> Federation:
         runs,
         {name: number in here for number, name in names.items()},
         [msgspec.convert(read_json(path), Round) for path in rounds],
-        msgspec.convert(read_json(reports), list[Round]) if reports.exists() else [],
+        read_trained_rounds(root / "reports/train"),
         read_node(root) if joined else None,
         read_rounds(root),
     )
@@ -58,18 +68,21 @@ def describe(found: Federation) -> list[str]:
         lines.append(f"node    {name}: {'connected' if connected else 'away'}")
     for title, rounds in (("round", found.rounds), ("last", found.last)):
         for each in rounds:
-            loss = f", validation loss {each.validation_loss:.4f}" if each.validation_loss is not None else ""
-            took = ", ".join(
-                part.name if part.epsilon is None else f"{part.name} (ε = {part.epsilon:.3g})"
-                for part in each.nodes
-            )
-            sent = (each.sent_bytes + each.received_bytes) / 2**20
-            lines.append(
-                f"{title:7} {each.number}: {took}; {each.rows} rows, training loss "
-                f"{each.train_loss:.4f}{loss}; {each.seconds:.0f} s, {sent:.1f} MiB"
-            )
-            lines += [f"        without {name}: {why}" for name, why in each.left_out.items()]
+            lines += tell_round(each, title)
     return lines
+
+
+def tell_round(found: Round, title: str) -> list[str]:
+    """Tell who took part in a round, with how many rows, to which losses; then who did not, and why."""
+    loss = f", validation loss {found.validation_loss:.4f}" if found.validation_loss is not None else ""
+    took = ", ".join(
+        part.name if part.epsilon is None else f"{part.name} (ε = {part.epsilon:.3g})" for part in found.nodes
+    )
+    return [
+        f"{title:7} {found.number}: {took}; {found.rows} rows, training loss {found.train_loss:.4f}{loss}; "
+        f"{found.seconds:.0f} s, {found.sent_mib:.1f} MiB",
+        *(f"        without {name}: {why}" for name, why in found.left_out.items()),
+    ]
 
 
 def _told(done: Done) -> str:

@@ -402,7 +402,7 @@ def judge_nodes(path: Path, config: GateConfig) -> list[Check]:
         return []  # no node holds rows out, or none was there; the log of the training names them
     found = gain_of(sums, config.guardrail_alpha)
     result = reaches(found, -config.past_margin)
-    rows = f"{sums.rows} rows of {len(scores.nodes)} nodes"
+    rows = f"{sums.rows} rows of {scores.count} nodes"
     told = tell_gain(scores.metric, found, rows, scores.rival, NO_WORSE, result)
     reason = f"guardrail nodes: {told}, a loss of {config.past_margin:g} is still taken"
     if result == "unclear":

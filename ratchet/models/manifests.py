@@ -118,6 +118,7 @@ class TrainedManifest(msgspec.Struct, frozen=True):
     inputs: Inputs = Inputs()
     max_length: int | None = None  # longest row of the training, in tokens
     federation: Together | None = None
+    taught_by: list[str] = []  # nodes whose share is in the weights, those of the start included
     privacy: Promise | None = None
     audit_canaries: int = 0
 

@@ -30,6 +30,7 @@ from ratchet.tracking.registry import Version
 PREPARED, TRAIN = "data/prepared", "data/prepared/train.jsonl"
 BAD = f"{PREPARED}/{undesirable('train')}.jsonl"
 COMMIT = re.compile(r"[0-9a-f]{7,64}")  # anybody can write a tag, and git would take some texts for options
+TAUGHT_BY = "taught_by"  # tag: JSON list of the nodes of a federation whose share is in the weights
 STARTED_FROM = "started_from"  # tag: sha256 of the adapter that the training started from, or `base`
 
 
@@ -109,6 +110,12 @@ def _learned(entries: tuple[Entry, ...], rows: Rows | None, version: Version) ->
         return [entry for entry in entries if not rows.ids.isdisjoint(entry.ids)]
     batches = _batches(version)
     return [entry for entry in entries if entry.batch != GOLDEN and entry.batch in batches]
+
+
+def taught_by(versions: list[Version], node: str) -> list[int]:
+    """Return the versions whose weights hold the share of a federation's node, the oldest first."""
+    found = (version.number for version in versions if node in json.loads(version.tags.get(TAUGHT_BY, "[]")))
+    return sorted(found)
 
 
 def reverted_since(root: Path, commit: str) -> list[Reverted]:

@@ -17,6 +17,7 @@ import msgspec
 
 from ratchet.config.params import Config
 from ratchet.errors import RatchetError
+from ratchet.federation.status import Federation, see_federation
 from ratchet.files import write_text
 from ratchet.media.pictures import shrink
 from ratchet.monitoring.pictures import KeptPictures
@@ -89,6 +90,7 @@ class Page(NamedTuple):
     ledger: Part[list[Move]]
     table: Part[Retention | None]
     forgetting: Part[list[Kept]]
+    federation: Part[Federation | None]  # where this checkout is a coordinator or a node
 
 
 def gather(root: Path, config: Config) -> Page:
@@ -118,6 +120,7 @@ def gather(root: Path, config: Config) -> Page:
         ledger=ledger,
         table=_part(lambda: _table(root)),
         forgetting=_part(lambda: _forgetting(root, ledger.found or [])),
+        federation=_part(lambda: _federation(root)),
     )
 
 
@@ -172,6 +175,11 @@ def _table(root: Path) -> Retention | None:
 
 
 # --- what each promotion kept -------------------------------------------------------------------------------
+
+
+def _federation(root: Path) -> Federation | None:
+    found = see_federation(root)
+    return found if found.nodes or found.node or found.last else None
 
 
 def _forgetting(root: Path, moves: list[Move]) -> list[Kept]:

@@ -17,6 +17,7 @@ from ratchet.errors import CheckoutError, CommandError, RatchetError
 from ratchet.evaluation.paired import paired_gains
 from ratchet.evaluation.report import Metrics, Summary, read_metrics
 from ratchet.evaluation.statistics import Interval
+from ratchet.federation.records import Round, read_trained_rounds
 from ratchet.files import write_text
 from ratchet.media.names import in_words
 from ratchet.pipeline.checkout import git
@@ -63,6 +64,7 @@ class Evaluated(msgspec.Struct, frozen=True):
     rows_fault: str
     curve: list[Point]
     retention: Retention | None
+    rounds: list[Round]  # of a federation
 
     @property
     def metric(self) -> str:
@@ -194,6 +196,7 @@ def gather(folder: Path, name: str, retention: Retention | None = None) -> Evalu
         fault,
         read_history(folder / "reports/train/history.jsonl"),
         retention if retention and retention.versions else None,
+        read_trained_rounds(folder / "reports/train"),
     )
 
 

@@ -20,6 +20,7 @@ def print_evaluation(found: Evaluated) -> None:
     from rich.markup import escape
     from rich.text import Text
 
+    from ratchet.federation.status import tell_round
     from ratchet.reporting.markdown import LABELS, VERDICTS, audit_lines, mark
 
     console, decision, models = Console(), found.decision, found.models
@@ -49,6 +50,9 @@ def print_evaluation(found: Evaluated) -> None:
     console.print(_moved("rows that got better", found.better, rival, found.name))
     console.print(_moved("rows that got worse", found.worse, rival, found.name))
     console.print(_curve(found.curve))
+    for each in found.rounds:
+        for line in tell_round(each, "round"):
+            console.print(_text(line, 400))
 
 
 def _table(title: str, *columns: str) -> Table:

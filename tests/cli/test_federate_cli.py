@@ -11,10 +11,14 @@ from command import ratchet
 
 from ratchet.config.docs import render_params
 from ratchet.config.params import Config
+from ratchet.errors import UserError
 from ratchet.federation import records
 from ratchet.federation.link import flower
 from ratchet.federation.link.certificates import node_key
+from ratchet.federation.link.invitations import forget_node
 from ratchet.files import write_json
+from ratchet.promotion.lineage import taught_by
+from ratchet.tracking.registry import Version
 
 
 @pytest.fixture
@@ -88,3 +92,25 @@ def test_hours_that_are_none_are_refused(checkout, hours):
     done = ratchet("-C", str(checkout), "federate", "join", str(invitation(checkout)), f"--hours={hours}")
     assert done.returncode == 2 and "give two full hours" in done.stderr
     assert not (checkout / records.NODE).exists()
+
+
+def test_a_forgotten_node_stays_so(checkout):
+    folder = checkout / flower.FOLDER
+    write_json(folder / "nodes.json", {})  # it was removed before
+    (folder / "ready.json").write_text("{}")
+    forget_node(checkout, Config(), "north", "it left")
+    (known,) = records.read_forgotten_nodes(folder)
+    assert (known.name, known.reason) == ("north", "it left")
+    with pytest.raises(UserError, match="north is forgotten already"):
+        forget_node(checkout, Config(), "north", "again")
+    done = ratchet("-C", str(checkout), "federate", "invite", "north")
+    assert done.returncode == 2 and "north was forgotten, and stays so" in done.stderr
+
+
+def test_versions_that_a_node_taught_are_found():
+    def version(number: int, **tags: str) -> Version:
+        return Version("domain-lm", number, "run", tags, "")
+
+    versions = [version(3, taught_by='["north","south"]'), version(2), version(1, taught_by='["north"]')]
+    assert taught_by(versions, "north") == [1, 3] and taught_by(versions, "south") == [3]
+    assert taught_by(versions, "nor") == []

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -14,12 +15,13 @@ from torch import Tensor
 
 from ratchet.config.federation import FederateConfig
 from ratchet.errors import UserError
+from ratchet.evaluation.node_scores import ALL, Sums, add
 from ratchet.federation import messages, node
 from ratchet.federation.aggregation import DOWN, UP, Aggregate, fold, layers_of
 from ratchet.federation.masking import encode
 from ratchet.federation.messages import Trained, read_request, write_message
 from ratchet.federation.records import NODE
-from ratchet.federation.rounds import Plan, run_rounds
+from ratchet.federation.rounds import Plan, run_rounds, score_at_nodes
 from ratchet.federation.secure import words_of
 from ratchet.federation.state import GLOBAL, KEPT, read_state, split, state_tensors, updates_of, write_state
 from ratchet.files import write_bytes
@@ -344,6 +346,57 @@ def test_a_node_that_drops_out_costs_its_own_update_alone(tmp_path, step):
     )
     assert record.rows == sum(rows.values()) and list(record.left_out) == ["b"]
     assert all(torch.allclose(found.adapter[name], plain.adapter[name], atol=1e-6) for name in found.adapter)
+
+
+class Scoring(Secure):
+    """Their scores are given; they keep them for the sum, as `node._score` does."""
+
+    def __init__(self, folder: Path, sums: Mapping[str, Sums]) -> None:
+        super().__init__(folder, ROWS)
+        self.sums = sums
+
+    def trained(self, name: str, request: bytes) -> bytes:
+        asked = read_request(request).header
+        if not isinstance(asked, messages.Score):
+            return super().trained(name, request)
+        home = self.folder / name / NODE / "work" / f"{asked.run}-{asked.round}"
+        home.mkdir(parents=True)
+        write_bytes(home / node.WORDS, [np.array(msgspec.structs.astuple(self.sums[name])).tobytes()])
+        return write_message(messages.Scored({}))
+
+
+def asked_for_scores() -> messages.Score:
+    return messages.Score(
+        run="run",
+        params={},
+        base={},
+        adapters={"candidate": {}, "champion": {}},
+        records={},
+        max_length=96,
+        metric="exact_match",
+        least=5,
+        masked=True,
+        round=3,
+    )
+
+
+def test_under_masks_the_sums_of_scores_are_those_over_all_nodes(tmp_path):
+    sums = {
+        "a": Sums(30, 20.0, 14.0, 6.0, 8.0),
+        "b": Sums(9, 3.5, 4.25, -0.75, 0.8125),
+        "c": Sums(51, 40.0, 30.0, 10.0, 12.0),
+    }
+    link = Scoring(tmp_path, sums)
+    found = score_at_nodes(link, plan(**SECURE), asked_for_scores(), {})
+    assert found.together == {ALL: add(list(sums.values()))} and found.rival == "champion"
+    assert (found.nodes, found.names, found.count, found.left_out) == ({}, ["a", "b", "c"], 3, {})
+    everything = b"".join(link.received)
+    assert not any(np.float64(one.candidate).tobytes() in everything for one in sums.values())
+    link = Scoring(tmp_path / "two", sums)
+    link.away = {"b": "deal"}
+    few = score_at_nodes(link, plan(**SECURE), asked_for_scores(), {})
+    assert few.together == {} and sorted(few.left_out) == ["a", "b", "c"]
+    assert "2 nodes are in the sum of round 3, wanted 3" in few.left_out["a"]
 
 
 def test_too_many_that_drop_out_end_the_run(tmp_path):

@@ -10,12 +10,16 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from busy import CONFIG, HOSTILE, make_busy
 from PIL import Image
 from places import make_repository, use_git_without_a_user, use_no_mlflow, write_files
 
 from ratchet.config.params import Config
+from ratchet.federation.link.flower import FOLDER
+from ratchet.federation.records import NODE, SETTINGS, TOOK_PART, Done, Node
+from ratchet.files import write_json
 from ratchet.monitoring.request_log import URL_VARIABLE
 from ratchet.monitoring.verdicts import VERDICTS, seconds_of
 from ratchet.promotion.rollout import FILE as ROLLOUT
@@ -158,6 +162,44 @@ def test_it_is_written_whole_where_it_is_wanted(busy: Path, tmp_path: Path) -> N
     assert path == tmp_path / "new" / "report.html" and path.read_text(encoding="utf-8").rstrip().endswith(
         "</html>"
     )
+
+
+def test_it_shows_a_federation_where_there_is_one(busy: Path) -> None:
+    assert "Training together" not in Reader(render_page(busy, CONFIG)).words
+    part = {"name": "north", "rows": 62, "steps": 4, "seconds": 1.0, "train_loss": 2.5, "epsilon": 3.2}
+    record = {
+        "number": 1,
+        "factors": "both",
+        "nodes": [part | {"validation_loss": 2.25}],
+        "left_out": {HOSTILE: "it did not answer"},
+        "rows": 1062,
+        "seconds": 31.4,
+        "sent_bytes": 2**20,
+        "received_bytes": 2**19,
+        "moved": 1.0,
+    }
+    write_json(busy / "reports/train/rounds.json", [record])
+    write_json(busy / FOLDER / "nodes.json", {"1": "north", "2": "south"})
+    page = render_page(busy, CONFIG)
+    words = Reader(page).words
+    for wanted in (
+        "Training together the link does not run",
+        "north away south away",
+        "1 north ε = 3.2",
+        "without",
+        "it did not answer 1,062 2.5000 2.2500 31 1.5",
+    ):
+        assert wanted in words
+    assert HOSTILE not in page
+
+
+def test_a_node_sees_its_own_rounds(busy: Path) -> None:
+    done = Done("2026-03-01T10:00:00+00:00", "run", 2, 62, 4, 1.5, 2.5, None, 3.2)
+    write_json(busy / NODE / SETTINGS, msgspec.to_builtins(Node("north", "here.example:8092")))
+    (busy / NODE / TOOK_PART).write_bytes(msgspec.json.encode(done) + b"\n")
+    words = Reader(render_page(busy, CONFIG)).words
+    assert "This checkout is the node north , of the coordinator at here.example:8092." in words
+    assert "2026-03-01T10:00:00+00:00 2 62 2.5000 – 3.2" in words
 
 
 # --- hostile words ------------------------------------------------------------------------------------------

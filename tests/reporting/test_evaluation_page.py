@@ -10,10 +10,12 @@ import shutil
 from html import unescape
 from pathlib import Path
 
+import msgspec
 import pytest
 from evaluation_reports import BATCHES, HOSTILE, RETENTION, make_reports
 
 from ratchet.errors import RatchetError
+from ratchet.federation.records import Part, Round
 from ratchet.files import read_json, write_json
 from ratchet.reporting.evaluation_page import gather, render_evaluation
 from ratchet.reporting.terminal import print_evaluation
@@ -118,3 +120,16 @@ def test_what_is_gathered_is_json(reports):
     found = json.loads(json.dumps(gather(reports, "v3", RETENTION).to_json()))
     assert found["retention"]["slices"][:2] == list(BATCHES)
     assert HOSTILE in found["better"][0]["question"]
+
+
+def test_the_rounds_of_a_federation_are_shown(tmp_path, reports, capsys):
+    folder = Path(shutil.copytree(reports, tmp_path / "reports"))
+    part = Part("north", 62, 4, 1.0, 2.5, 2.25, 3.2)
+    record = Round(1, "both", [part], {HOSTILE: "it did not answer"}, 62, 31.4, 2**20, 2**19, 1.0)
+    write_json(folder / "reports/train/rounds.json", msgspec.to_builtins([record]))
+    found = gather(folder, "v3", RETENTION)
+    page = render_evaluation(found)
+    assert "<h3>Rounds</h3>" in page and "ε = 3.2" in page and HOSTILE not in page
+    print_evaluation(found)
+    assert "north (ε = 3.2); 62 rows, training loss 2.5000" in " ".join(capsys.readouterr().out.split())
+    assert "Rounds" not in render_evaluation(gather(reports, "v3", RETENTION))

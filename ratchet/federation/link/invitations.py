@@ -7,6 +7,7 @@ invitation without one.
 
 from __future__ import annotations
 
+import datetime as dt
 import re
 import shutil
 import tempfile
@@ -48,6 +49,8 @@ def invite(root: Path, config: Config, name: str, out: Path, public_key: Path | 
         raise UserError(
             f"a node is called {name} already", remedy=f"ratchet federate remove {name}, or another name"
         )
+    if any(node.name == name for node in records.read_forgotten_nodes(folder)):
+        raise UserError(f"{name} was forgotten, and stays so", remedy="choose another name")
     if out.exists():
         raise UserError(f"{out} exists", remedy="name another file with --out")
     with tempfile.TemporaryDirectory(prefix="ratchet-invite-") as scratch:
@@ -77,6 +80,22 @@ def remove(root: Path, config: Config, name: str) -> None:
     _require_link(folder)
     Control(folder, config.federate.superlink_port).unregister(numbers[0])
     write_json(folder / "nodes.json", {number: known for number, known in names.items() if known != name})
+
+
+def forget_node(root: Path, config: Config, name: str, reason: str) -> None:
+    """Put a node out where it is in, and let no training go on from what it taught.
+
+    Raises UserError: it was forgotten before, or the link does not run.
+    """
+    folder = root / flower.FOLDER
+    known = records.read_forgotten_nodes(folder)
+    if any(node.name == name for node in known):
+        raise UserError(f"{name} is forgotten already", remedy="ratchet federate run trains without it")
+    if name in read_names(folder).values():
+        remove(root, config, name)
+    now = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
+    forgotten = [*known, records.ForgottenNode(name, now, reason)]
+    write_json(folder / records.FORGOTTEN, msgspec.to_builtins(forgotten))
 
 
 def _require_link(folder: Path) -> None:
@@ -115,7 +134,7 @@ def accept(
     write_json(folder / records.SETTINGS, msgspec.to_builtins(settings))
 
 
-def forget(root: Path) -> None:
+def leave(root: Path) -> None:
     """Remove a node's key and settings, and all that rounds left but their records."""
     folder = root / records.NODE
     for name in (NODE_KEY, NODE_AUTHORITY, records.SETTINGS):
