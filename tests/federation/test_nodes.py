@@ -107,6 +107,26 @@ def test_two_nodes_train_in_rounds_and_no_row_travels(world: World):
     assert [(one.run, one.round) for one in done] == [("run", 1), ("run", 2)]
 
 
+def test_nodes_train_on_a_base_in_four_bits_beside_what_two_factors_cannot_hold(
+    world: World, raw_rows: list[dict[str, Any]]
+):
+    """The second round trains a new adapter beside the frozen one, on weights that are quantised."""
+    four_bits = put(world.config, adapter=put(world.config.adapter, method="qlora"))
+    base = world.folder / "four-bits"
+    make_base(base, four_bits)
+    nodes = {
+        name: make_node(world.folder / name, four_bits, raw_rows[place::3][:60])
+        for place, name in enumerate(("far", "near"))
+    }
+    one = world._replace(config=four_bits, base=base)
+    found, records = run_rounds(
+        Direct(nodes), world.folder / "four-bits-runs", world.start, one.plan("four"), print
+    )
+    assert [len(record.nodes) for record in records] == [2, 2] and found.residual
+    losses = [record.validation_loss for record in records]
+    assert losses[0] is not None and losses[1] is not None and losses[1] < losses[0]
+
+
 def request(world: World, run: str, **changes: Any) -> bytes:
     plan = world.plan(run)
     asked = messages.Train(
