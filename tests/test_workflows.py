@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
+
+from ratchet.config.params import Config
+from ratchet.services.environment import NO_TELEMETRY, service_environment
+from ratchet.services.specs import plan_services
 
 ROOT = Path(__file__).parent.parent
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -104,6 +109,42 @@ def test_every_published_port_is_bound_to_loopback():
 
     assert len(ports) > 0
     assert [port for port in ports if not port.startswith("127.0.0.1:")] == []
+
+
+def test_containers_get_what_up_sets(monkeypatch, tmp_path):
+    """Nothing is missing of what `ratchet up` gives a service; only paths and addresses differ."""
+    for name in list(os.environ):
+        if name.startswith(("MLFLOW_", "PREFECT_", "OMP_")):
+            monkeypatch.delenv(name)
+    plans, services = plan_services(tmp_path, Config()), read_yaml(COMPOSE)["services"]
+    itself = service_environment(tmp_path, Config()).keys() - {"PREFECT_API_URL"}  # what a flow sets
+    image = dict(re.findall(r"(\w+)=(\S+)", (ROOT / "docker/Dockerfile").read_text().rpartition("ENV")[2]))
+    assert NO_TELEMETRY.items() <= image.items()
+    for ours, theirs in (
+        ("mlflow", "mlflow"),
+        ("prefect", "prefect"),
+        ("deployments", "worker"),
+        ("gateway", "gateway"),
+    ):
+        given = services[theirs].get("environment", {})
+        wanted = {
+            name: value
+            for name, value in plans[ours].environment.items()
+            if name not in os.environ and name not in NO_TELEMETRY
+        }
+        if ours == "deployments":
+            wanted = {name: value for name, value in wanted.items() if name not in itself}
+        assert wanted, ours
+        assert wanted.keys() - given.keys() == set(), theirs
+        same = {name: value for name, value in wanted.items() if "/" not in value}
+        assert same == {name: given[name] for name in same}, theirs
+    for ours, theirs in (("deployments", "worker"), ("gateway", "gateway")):
+        assert services[theirs]["command"].split()[1:] == plans[ours].command[1:]
+
+
+def test_every_containers_log_is_bounded():
+    for name, service in read_yaml(COMPOSE)["services"].items():
+        assert service["logging"]["options"]["max-size"], name
 
 
 def test_no_password_stands_in_the_compose_file():

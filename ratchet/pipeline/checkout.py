@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import shutil
 import subprocess
@@ -109,11 +110,15 @@ def unheard_hooks(root: Path) -> list[str]:
 
 
 def who(root: Path) -> str:
-    """Return the name of the user, from git or else the environment, for the ledger."""
+    """Return the name of the user for the ledger: from git, the environment, or the system's user entry."""
     try:
         return git(root, "config", "user.name").strip()
     except CommandError:
-        return os.environ.get("USER", "unknown")
+        pass
+    try:
+        return os.environ.get("GIT_AUTHOR_NAME") or getpass.getuser()
+    except (OSError, KeyError):  # in a container a user may be a number alone
+        return f"user {os.getuid()}"
 
 
 @contextmanager

@@ -340,6 +340,7 @@ def test_a_commit_is_by_the_user_whom_the_checkout_knows(root):
 
 def test_where_git_knows_nobody_a_neutral_name_is_taken(root, monkeypatch):
     git(root, "config", "--remove-section", "user")
+    monkeypatch.delenv("LOGNAME", raising=False)
     monkeypatch.setenv("USER", "runner")
     with opened(root) as workspace:
         write_files(workspace.path, {"a.txt": "a"})
