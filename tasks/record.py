@@ -61,7 +61,10 @@ class Findings(NamedTuple):
         digest = next(line.split("md5:")[1].strip() for line in raw.splitlines() if "md5:" in line)
         total = self.profile["total"]
         sizes = {name: total[name]["rows"] for name in ("accepted", "rejected", "duplicate")}
-        return Data(digest, len(self.manifest.batches), total["rows"], **sizes)
+        batches = len(self.manifest.batches)
+        if together := self.manifest.federation:
+            return Data(digest, batches, together.rows, **sizes, nodes=together.nodes)
+        return Data(digest, batches, total["rows"], **sizes)
 
 
 def read_findings(folder: Path) -> Findings:
@@ -122,7 +125,7 @@ def register(found: Findings, config: Config, *, run_id: str, commit: str) -> Ve
     decision, manifest, data = found.decision, found.manifest, found.data
     facts = {
         "run": f"[{run_id[:8]}](/#/experiments/{_experiment_of(run_id)}/runs/{run_id})",
-        "data": f"{data.rows} rows in {data.batches} batches, DVC {data.dvc}",
+        "data": data.told,
         "git commit": commit,
         "adapter": f"{config.adapter.method}, sha256 {manifest.adapter_sha256}",
         "base": describe_base(manifest.base),
@@ -130,7 +133,6 @@ def register(found: Findings, config: Config, *, run_id: str, commit: str) -> Ve
     }
     if manifest.federation:
         facts["trained by"] = manifest.federation.told
-        facts["data"] += "; judged on these, not trained on them"
     if manifest.privacy:
         facts["privacy"] = manifest.privacy.told
     tags = {

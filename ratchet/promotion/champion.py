@@ -18,7 +18,10 @@ FILE = "champion.json"
 
 
 class Data(msgspec.Struct, frozen=True):
-    """The rows that a version was made of: DVC's hash of data/raw, and how many rows there are."""
+    """The rows that a version was made of: DVC's hash of data/raw, and how many rows there are.
+
+    A federation's `nodes` keep their rows; then `rows` counts those, and data/raw is what it was judged on.
+    """
 
     dvc: str = ""
     batches: int = 0
@@ -26,6 +29,14 @@ class Data(msgspec.Struct, frozen=True):
     accepted: int = 0
     rejected: int = 0
     duplicate: int = 0
+    nodes: list[str] = []
+
+    @property
+    def told(self) -> str:
+        if self.nodes:
+            names = ", ".join(self.nodes)
+            return f"{self.rows} rows at {len(self.nodes)} nodes ({names}); judged on DVC {self.dvc}"
+        return f"{self.rows} rows in {self.batches} batches, DVC {self.dvc}"
 
 
 class GateLine(msgspec.Struct, frozen=True):

@@ -210,7 +210,7 @@ def ledger_lines(moves: list[Move]) -> list[str]:
         lines += [
             f"{move.at}  {move.move:8} {before} → v{move.to}  by {move.by}",
             f"    why   {move.why}",
-            f"    data  {data.rows} rows in {data.batches} batches, DVC {data.dvc}",
+            f"    data  {data.told}",
             f"    gate  {gate.verdict} against {named(gate.rival)}: {gate.gain or 'no figures'}; "
             f"commit {move.commit[:8]}",
             *(f"    {line}" for line in reverted_lines(move.reverted)),

@@ -147,3 +147,10 @@ def test_a_shallow_clone_knows_the_entries_that_it_has(root, tmp_path):
     git(tmp_path, "clone", "--quiet", "--depth", "1", f"file://{root}", "shallow")
     assert [champion.version for _, champion in read_ledger(tmp_path / "shallow")] == [2]
     assert last_entry(tmp_path / "shallow", 1) is None
+
+
+def test_rows_that_stayed_at_nodes_are_told_as_such():
+    assert Data("d.dir", 2, 10).told == "10 rows in 2 batches, DVC d.dir"
+    assert Data("d.dir", 0, 62, nodes=["north", "south"]).told == (
+        "62 rows at 2 nodes (north, south); judged on DVC d.dir"
+    )

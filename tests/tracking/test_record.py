@@ -292,6 +292,7 @@ def test_a_version_carries_all_that_a_promotion_and_a_person_need(folder):
         "accepted": 90,
         "rejected": 3,
         "duplicate": 7,
+        "nodes": [],
     }
     assert json.loads(version.tags["gate"]) == {
         "verdict": "promote",
