@@ -35,9 +35,9 @@ def federate(root: str | None = None, reason: str = "by hand") -> Retrained:
 def forget(root: Path, config: Config, name: str, reason: str) -> list[int]:
     """Put a node out, and return the versions that hold its share. The next training starts without it.
 
-    Raises UserError: nobody has that name; ServiceError: MLflow or the link does not answer.
+    Raises UserError: nobody has that name, or too few nodes would be left; ServiceError: MLflow or the link does not answer.
     """
-    from ratchet.federation.link.flower import FOLDER, read_names
+    from ratchet.federation.link.flower import FOLDER, check_enough, read_names
     from ratchet.federation.link.invitations import forget_node
 
     names = sorted(read_names(root / FOLDER).values())
@@ -48,5 +48,6 @@ def forget(root: Path, config: Config, name: str, reason: str) -> list[int]:
             f"{', '.join(names) or 'none'}",
             remedy="ratchet federate status",
         )
+    check_enough([known for known in names if known != name], config.federate)
     forget_node(root, config, name, reason)
     return versions

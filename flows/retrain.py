@@ -115,11 +115,12 @@ def retraining(home: Path, config: Config) -> Iterator[Workspace]:
 
 def train_with_nodes(workspace: Workspace, config: Config, reason: str, stale: set[str]) -> Retrained:
     """Do what a retraining does, with the rounds of the federation in place of the stage `train`."""
-    from ratchet.federation.link.flower import FlowerLink
+    from ratchet.federation.link.flower import FOLDER, FlowerLink, check_enough, read_names
     from tasks.federate import check_trainable, forget_run, train_together  # loads torch
 
     home = workspace.root
     check_trainable(config)
+    check_enough(list(read_names(home / FOLDER).values()), config.federate)
 
     def train(inside: Workspace) -> None:
         train_together(inside.path, home, config, FlowerLink(home), say)

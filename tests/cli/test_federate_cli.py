@@ -10,6 +10,7 @@ import pytest
 from command import ratchet
 
 from ratchet.config.docs import render_params
+from ratchet.config.federation import FederateConfig
 from ratchet.config.params import Config
 from ratchet.errors import UserError
 from ratchet.federation import records
@@ -114,3 +115,9 @@ def test_versions_that_a_node_taught_are_found():
     versions = [version(3, taught_by='["north","south"]'), version(2), version(1, taught_by='["north"]')]
     assert taught_by(versions, "north") == [1, 3] and taught_by(versions, "south") == [3]
     assert taught_by(versions, "nor") == []
+
+
+def test_too_few_invited_nodes_are_told_before_anything_waits():
+    with pytest.raises(UserError, match=r"1 nodes are invited \(north\); `federate.min_nodes` asks for 2"):
+        flower.check_enough(["north"], FederateConfig(min_nodes=2))
+    flower.check_enough(["north", "south"], FederateConfig(min_nodes=2))

@@ -13,10 +13,11 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from ratchet.config.federation import FederateConfig
 from ratchet.errors import ServiceError, UserError
 from ratchet.files import read_json, write_bytes, write_json, write_text
 from ratchet.services.environment import HOST, NO_TELEMETRY
@@ -166,3 +167,13 @@ def read_names(folder: Path) -> dict[str, str]:
     path = folder / "nodes.json"
     found: dict[str, str] = read_json(path) if path.exists() else {}
     return found
+
+
+def check_enough(names: Collection[str], settings: FederateConfig) -> None:
+    """Raise UserError if fewer nodes are invited than have to take part, since no wait would help."""
+    if len(names) < settings.min_nodes:
+        raise UserError(
+            f"{len(names)} nodes are invited ({', '.join(sorted(names)) or 'none'}); "
+            f"`federate.min_nodes` asks for {settings.min_nodes}",
+            remedy="ratchet federate invite NAME takes one in; or lower federate.min_nodes",
+        )
