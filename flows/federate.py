@@ -35,7 +35,8 @@ def federate(root: str | None = None, reason: str = "by hand") -> Retrained:
 def forget(root: Path, config: Config, name: str, reason: str) -> list[int]:
     """Put a node out, and return the versions that hold its share. The next training starts without it.
 
-    Raises UserError: nobody has that name, or too few nodes would be left; ServiceError: MLflow or the link does not answer.
+    Raises UserError: nobody has that name, or too few nodes would be left; ServiceError: MLflow or the link
+    does not answer.
     """
     from ratchet.federation.link.flower import FOLDER, check_enough, read_names
     from ratchet.federation.link.invitations import forget_node
