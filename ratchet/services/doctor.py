@@ -185,8 +185,10 @@ def check_git(root: Path | None) -> list[Finding]:
         *findings,
         Finding(
             "git identity",
-            identity is not None,
-            identity.rsplit(" ", 2)[0] if identity else "none: git would refuse to commit",
+            True if identity else None,
+            identity.rsplit(" ", 2)[0]
+            if identity
+            else "none: commits of ours are by Ratchet, yours git would refuse",
             remedy,
         ),
     ]
