@@ -8,7 +8,18 @@ import msgspec
 
 from ratchet.federation.link import flower
 from ratchet.federation.link.flower import read_names
-from ratchet.federation.records import NODE, RECORD, SETTINGS, Done, Node, Round, read_node, read_rounds
+from ratchet.federation.records import (
+    NODE,
+    RECORD,
+    SETTINGS,
+    Delivery,
+    Done,
+    Node,
+    Round,
+    read_delivery,
+    read_node,
+    read_rounds,
+)
 from ratchet.files import read_json
 from ratchet.services.specs import FEDERATION
 from ratchet.services.supervisor import is_running
@@ -23,6 +34,7 @@ class Federation(msgspec.Struct, frozen=True):
     last: list[Round]  # of the newest version that was trained here together
     node: Node | None
     took_part: list[Done]
+    delivered: Delivery | None  # the version that this node was given
 
 
 def see_federation(root: Path) -> Federation:
@@ -41,6 +53,7 @@ def see_federation(root: Path) -> Federation:
         msgspec.convert(read_json(reports), list[Round]) if reports.exists() else [],
         read_node(root) if joined else None,
         read_rounds(root),
+        read_delivery(root),
     )
 
 
@@ -51,6 +64,8 @@ def describe(found: Federation) -> list[str]:
     if found.node:
         lines.append(f"node    {found.node.name}, of the coordinator at {found.node.url}")
         lines += [_told(done) for done in found.took_part[-10:]]
+        held = found.delivered
+        lines.append(f"holds   {held.told if held else 'no version yet'}")
         return lines
     if not found.nodes:
         lines.append("nodes   none yet: ratchet federate invite NAME")

@@ -1,0 +1,295 @@
+"""Make a candidate of the version that the coordinator delivered: what the flow `take` does in place of
+`tasks.train`.
+
+Writes the same outputs: models/candidate, and the figures in reports/train. With `personal` the candidate is
+a mixture of the delivered adapter with one that is trained here, on the node's own rows.
+"""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+from safetensors.torch import load_file
+
+from ratchet.config.params import Config
+from ratchet.config.training import AdapterConfig
+from ratchet.errors import BaseModelError, ConfigError, DataError, UserError
+from ratchet.federation.aggregation import Aggregate, fold
+from ratchet.federation.node import check_base, write_adapter, write_start
+from ratchet.federation.personal import choose_mixture
+from ratchet.federation.records import DELIVERED, NODE, Delivery, read_delivery, read_rounds
+from ratchet.federation.rounds import Say
+from ratchet.federation.state import split, state_tensors
+from ratchet.files import read_json, sha256_json, whole_folder, write_bytes, write_json
+from ratchet.models.adapters import complete_version, load_trainable, save_trained
+from ratchet.models.loading import MANIFEST, WEIGHTS, adapter_sha256, load_adapter, load_base
+from ratchet.models.manifests import Together
+from ratchet.pipeline.dvc import Workspace, run_module
+from ratchet.tracking.curve import History
+from ratchet.training.validation import Validation
+
+SCRATCH = Path(".ratchet/personal")  # in the workspace
+
+
+class Taken(NamedTuple):
+    """What becomes the candidate: a folder with an adapter, and how it came to be."""
+
+    folder: Path
+    adapter: AdapterConfig
+    federation: Together
+    batches: set[str]
+    profile: Mapping[str, Any]  # of the tokens
+    loss: float | None  # on the node's validation rows
+    steps: int = 0  # of trainings here
+    seconds: float = 0.0
+
+
+def check_delivery(root: Path, config: Config, *, personal: bool) -> Delivery:
+    """Return what was delivered. Raises UserError: nothing; ConfigError: no personal adapter can be made."""
+    delivery = read_delivery(root)
+    if delivery is None:
+        raise UserError(
+            "this checkout was given no version of a federation",
+            remedy="the coordinator gives one to the nodes that are connected when its gate says promote; "
+            "`ratchet federate status` tells what came",
+        )
+    if not personal:
+        return delivery
+    epsilon = config.train.privacy.epsilon or delivery.federation.epsilon
+    if epsilon is not None:
+        raise ConfigError(
+            f"a promise of ε = {epsilon:.3g} stands for this node's rows, and --personal would train on them "
+            "again without noise",
+            remedy="take the version without --personal",
+        )
+    if config.adapter.method not in ("lora", "qlora", "rslora"):
+        raise ConfigError(
+            f"adapter.method is {config.adapter.method!r}: --personal mixes updates B·A, which `lora`, "
+            "`qlora` and `rslora` have",
+            remedy="set `adapter.method: lora`",
+        )
+    return delivery
+
+
+def take(workspace: Workspace, config: Config, *, personal: bool, say: Say) -> None:
+    """Write the candidate and its reports.
+
+    Raises UserError: nothing was delivered, or to another base, or no personal adapter can be made of it;
+    StageError: a training failed.
+    """
+    delivery = check_delivery(workspace.root, config, personal=personal)
+    base, out = workspace.path / "models/base", workspace.path / "models/candidate"
+    check_base(base, delivery.base)
+    make = _mix if personal else _as_it_is
+    taken = make(workspace, delivery, config, say)
+    inputs = {
+        "federation": delivery.run,
+        "base": sha256_json(delivery.base),
+        "delivered": adapter_sha256(workspace.root / NODE / DELIVERED),
+        "start": delivery.start,
+    }
+    with whole_folder(out) as folder:
+        for name in (WEIGHTS, "adapter_config.json"):
+            write_bytes(folder / name, [(taken.folder / name).read_bytes()])
+        complete_version(
+            folder,
+            base,
+            run_key=sha256_json({**inputs, "adapter": adapter_sha256(folder)})[:32],
+            inputs=inputs,
+            batches=taken.batches,
+            profile=taken.profile,
+            adapter=taken.adapter,
+            more={"federation": msgspec.to_builtins(taken.federation)},
+        )
+    _write_reports(workspace.path / "reports/train", taken, read_json(out / MANIFEST)["run_key"])
+
+
+def _as_it_is(workspace: Workspace, delivery: Delivery, config: Config, say: Say) -> Taken:
+    tokens, folder = workspace.path / "data/tokenized", workspace.root / NODE / DELIVERED
+    adapter, loss = AdapterConfig(**delivery.record), None
+    if read_json(tokens / "profile.json")["validation"]["rows"]:
+        loss = _Measure(workspace, tokens, adapter, config).of(folder)
+        say(f"take: validation loss {loss:.4f} on this node's own rows")
+    profile = {"max_length": delivery.max_length}
+    return Taken(folder, adapter, delivery.federation, _batches(workspace.root, delivery), profile, loss)
+
+
+def _batches(root: Path, delivery: Delivery) -> set[str]:
+    """Return this node's batches that the delivered adapter has learned."""
+    fresh = delivery.start == "base"
+    done = [one for one in read_rounds(root) if one.run == delivery.run or not fresh]
+    return {batch for one in done for batch in one.batches}
+
+
+class _Measure:
+    """Measures adapters on the validation rows of `tokens`, all on one base in memory."""
+
+    def __init__(self, workspace: Workspace, tokens: Path, adapter: AdapterConfig, config: Config) -> None:
+        base = workspace.path / "models/base"
+        self._model = load_base(base, method=adapter.method, quantisation=adapter.quantisation)
+        self._validation = Validation(self._model, tokens, base, config.train)
+
+    def of(self, folder: Path) -> float:
+        model = load_adapter(self._model, folder)
+        loss = self._validation.measure(model)
+        self._model = model.unload()
+        return loss
+
+
+# --- a personal adapter ---
+
+
+def _mix(workspace: Workspace, delivery: Delivery, config: Config, say: Say) -> Taken:
+    """Mix the delivered adapter with the node's own: trained from the base, and from the delivered one on.
+
+    Of both the mixture with the least loss on the node's own validation rows is taken, as
+    `benchmarks.federation` does.
+    """
+    scratch, adapter = workspace.path / SCRATCH, config.adapter
+    scale = adapter.alpha / (adapter.rank**0.5 if adapter.method == "rslora" else adapter.rank)
+    common = _split(workspace, delivery, config, scale)
+    described = read_json(scratch / "fresh/adapter_config.json")
+    write_start(
+        scratch / "start",
+        state_tensors(common),
+        described,
+        scale,
+        adapter.model_dump(mode="json"),
+        delivery.base,
+    )
+    profile = _tokenize(workspace, config, say)
+    if not profile["validation"]["rows"]:
+        raise DataError(
+            "a personal adapter is chosen by the loss on this node's validation rows, and there are none",
+            remedy="raise `prepare.validation_share`, or take the version without --personal",
+        )
+    trained = {origin: _train(workspace, config, origin, say) for origin in ("champion", "base")}
+    owns = [
+        Aggregate(load_file(trained["champion"] / WEIGHTS), common.residual),
+        Aggregate(load_file(trained["base"] / WEIGHTS), {}),
+    ]
+    measure = _Measure(workspace, scratch / "tokens", adapter, config)
+
+    def write(found: Aggregate) -> int:
+        folded = fold(found, config.federate.max_rank)
+        write_adapter(scratch / "mixture", folded.adapter, _of_rank(described, folded.rank, scale))
+        return folded.rank
+
+    def loss(found: Aggregate) -> float:
+        write(found)
+        return measure.of(scratch / "mixture")
+
+    choices = [choose_mixture(common, own, loss) for own in owns]
+    choice = min(choices, key=lambda one: one.loss)
+    rank = write(choice.mixture)
+    origin = "the delivered one" if choice is choices[0] else "the base"
+    say(
+        f"take: own share {choice.share:g}, of an adapter trained from {origin}; validation loss "
+        f"{choice.loss:.4f}"
+    )
+    figures = [read_json(folder.parent / "reports/figures.json") for folder in trained.values()]
+    return Taken(
+        scratch / "mixture",
+        adapter.model_copy(
+            update={
+                "method": "qlora" if adapter.method == "qlora" else "lora",
+                "rank": rank,
+                "alpha": scale * rank,
+            }
+        ),
+        msgspec.structs.replace(delivery.federation, own_share=choice.share),
+        {*_batches(workspace.root, delivery), *profile["batches"]},
+        {**profile, "max_length": max(profile["max_length"], delivery.max_length)},
+        choice.loss,
+        sum(one["steps"] for one in figures),
+        sum(one["seconds"] for one in figures),
+    )
+
+
+def _split(workspace: Workspace, delivery: Delivery, config: Config, scale: float) -> Aggregate:
+    """Return the delivered adapter as factors of `adapter.rank` and a residual. Raises BaseModelError."""
+    base, fresh = workspace.path / "models/base", workspace.path / SCRATCH / "fresh"
+    with whole_folder(fresh) as folder:
+        model = load_trainable(base, None, config.adapter, seed=config.train.seed)
+        save_trained(model, base, folder)
+    given = load_file(workspace.root / NODE / DELIVERED / WEIGHTS)
+    if given.keys() != load_file(fresh / WEIGHTS).keys():
+        raise BaseModelError(
+            "the delivered adapter is on other layers than this project's `adapter` asks for",
+            remedy="set `adapter.target_modules` as the coordinator has it: "
+            f"{delivery.record.get('target_modules')}",
+        )
+    return split(given, config.adapter.rank, delivery.record["alpha"] / delivery.record["rank"] / scale)
+
+
+def _of_rank(described: Mapping[str, Any], rank: int, scale: float) -> dict[str, Any]:
+    return {**described, "r": rank, "lora_alpha": scale * rank, "use_rslora": False}
+
+
+def _tokenize(workspace: Workspace, config: Config, say: Say) -> Mapping[str, Any]:
+    """Tokenize all rows of the node, also those that its champion has seen; return their profile."""
+    paths = {
+        "params": _params(workspace, config, "base"),
+        "prepared": workspace.path / "data/prepared",
+        "base": workspace.path / "models/base",
+        "incumbent": workspace.path / "models/incumbent",
+        "out": workspace.path / SCRATCH / "tokens",
+    }
+    run_module(workspace, "tasks.tokenize", _flags(paths), say)
+    profile: Mapping[str, Any] = read_json(paths["out"] / "profile.json")
+    return profile
+
+
+def _train(workspace: Workspace, config: Config, origin: str, say: Say) -> Path:
+    """Train an adapter on the node's rows from "base", or from the delivered adapter; return its folder."""
+    scratch, home = workspace.path / SCRATCH, workspace.path / SCRATCH / f"from-{origin}"
+    paths = {
+        "params": _params(workspace, config, origin),
+        "tokens": scratch / "tokens",
+        "base": workspace.path / "models/base",
+        "incumbent": scratch / "start" if origin == "champion" else workspace.path / "models/incumbent",
+        "out": home / "candidate",
+        "reports": home / "reports",
+    }
+    run_module(workspace, "tasks.train", _flags(paths), say)
+    return paths["out"]
+
+
+def _params(workspace: Workspace, config: Config, origin: str) -> Path:
+    """Write the node's params.yaml with all rows, and `train.start_from` as `origin`; return its path."""
+    values = config.model_dump(mode="json")
+    values["train"] |= {"start_from": origin, "rows": "all"}
+    path = workspace.path / SCRATCH / f"params-{origin}.yaml"
+    write_json(path, values)
+    return path
+
+
+def _flags(paths: Mapping[str, Path]) -> list[str]:
+    return [part for name, path in paths.items() for part in (f"--{name}", str(path))]
+
+
+# --- reports ---
+
+
+def _write_reports(reports: Path, taken: Taken, run_key: str) -> None:
+    """Write what the flow and MLflow read of a training; without one here, it has no steps."""
+    weights = sum(tensor.numel() for tensor in load_file(taken.folder / WEIGHTS).values())
+    figures = {
+        "steps": taken.steps,
+        "best_step": taken.steps,
+        "best_validation_loss": taken.loss,
+        "seconds": taken.seconds,
+        "trainable_weights": weights,
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "run_key": run_key,
+        "rows": taken.profile.get("train", {"rows": taken.federation.rows}),
+    }
+    with whole_folder(reports) as folder:
+        with closing(History(folder / "history.jsonl")) as history:
+            history.add(taken.steps, {} if taken.loss is None else {"validation_loss": taken.loss})
+        write_json(folder / "figures.json", figures)
