@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 
 from ratchet.config.params import Config
 from ratchet.config.training import AdapterConfig
-from ratchet.errors import BaseModelError, ConfigError, DataError, UserError
+from ratchet.errors import BaseModelError, ConfigError, DataError
 from ratchet.federation.aggregation import Aggregate, fold
 from ratchet.federation.node import check_base, write_adapter, write_start
 from ratchet.federation.personal import choose_mixture
-from ratchet.federation.records import DELIVERED, NODE, Delivery, read_delivery, read_rounds
+from ratchet.federation.records import DELIVERED, NODE, Delivery, read_rounds, require_delivery
 from ratchet.federation.rounds import Say
 from ratchet.federation.state import split, state_tensors
 from ratchet.files import read_json, sha256_json, whole_folder, write_bytes, write_json
@@ -51,13 +51,7 @@ class Taken(NamedTuple):
 
 def check_delivery(root: Path, config: Config, *, personal: bool) -> Delivery:
     """Return what was delivered. Raises UserError: nothing; ConfigError: no personal adapter can be made."""
-    delivery = read_delivery(root)
-    if delivery is None:
-        raise UserError(
-            "this checkout was given no version of a federation",
-            remedy="the coordinator gives one to the nodes that are connected when its gate says promote; "
-            "`ratchet federate status` tells what came",
-        )
+    delivery = require_delivery(root)
     if not personal:
         return delivery
     epsilon = config.train.privacy.epsilon or delivery.federation.epsilon

@@ -159,6 +159,9 @@ def take(
 
     Example: ratchet federate take --personal --reason "a month of new rows"
     """
+    from ratchet.federation.records import require_delivery
+
+    require_delivery(find_root())
     root = ready_root()
     from flows.take import take as flow
     from ratchet.cli.loop import tell_retrained

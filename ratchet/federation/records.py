@@ -89,6 +89,17 @@ def read_delivery(root: Path) -> Delivery | None:
     return msgspec.convert(read_json(path), Delivery) if path.exists() else None
 
 
+def require_delivery(root: Path) -> Delivery:
+    """Return what this node was given last. Raises UserError: nothing yet."""
+    if found := read_delivery(root):
+        return found
+    raise UserError(
+        "this checkout was given no version of a federation",
+        remedy="the coordinator gives one to the nodes that are connected when its gate says promote; "
+        "`ratchet federate status` tells what came",
+    )
+
+
 class Part(msgspec.Struct, frozen=True):
     """What a node did in a round; under secure aggregation its rows are not known."""
 
