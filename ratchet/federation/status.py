@@ -65,7 +65,7 @@ def describe(found: Federation) -> list[str]:
         lines.append(f"node    {found.node.name}, of the coordinator at {found.node.url}")
         lines += [_told(done) for done in found.took_part[-10:]]
         held = found.delivered
-        lines.append(f"holds   {held.told if held else 'no version yet'}")
+        lines.append(f"holds   {f'{held.told}; ratchet federate take' if held else 'no version yet'}")
         return lines
     if not found.nodes:
         lines.append("nodes   none yet: ratchet federate invite NAME")

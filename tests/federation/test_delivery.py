@@ -10,18 +10,22 @@ from typing import Any
 import pytest
 import torch
 from parties import make_node, make_version
+from prefect.logging import disable_run_logger
 from safetensors.torch import load_file, save_file
 
+from flows.retrain import give_to_nodes
 from ratchet.config.params import Config
 from ratchet.config.training import BaseConfig
 from ratchet.errors import UserError
 from ratchet.federation import messages
 from ratchet.federation.delivery import deliver
+from ratchet.federation.link.flower import FlowerLink
 from ratchet.federation.node import handle
 from ratchet.federation.records import DELIVERED, NODE, read_delivery
 from ratchet.federation.status import describe, see_federation
 from ratchet.files import read_json, write_json
 from ratchet.models.loading import MANIFEST, WEIGHTS
+from ratchet.pipeline.dvc import Workspace
 from tasks.take import check_delivery
 
 CONFIG_FILE = "adapter_config.json"
@@ -120,6 +124,17 @@ def test_nodes_that_have_not_got_it_are_named(tmp_path, link, candidate, tiny_ba
     assert give(link, version, tiny_base) == {"south": "it is away", "north": "no reply within 1 s"}
     link.instead["north"] = messages.write_message(messages.Masked())
     assert give(link, version, tiny_base)["north"] == "it sent Masked"
+
+
+def test_a_link_that_died_fails_no_run(tmp_path, candidate, tiny_base, capsys, monkeypatch):
+    """The version has landed when it goes out."""
+    monkeypatch.setenv("RATCHET_CONSOLE", "1")
+    make_version(tmp_path / "models/candidate", candidate)
+    shutil.copytree(tiny_base, tmp_path / "models/base")
+    workspace = Workspace(tmp_path, tmp_path, "main")
+    with disable_run_logger():
+        give_to_nodes.fn(workspace, FlowerLink(tmp_path), Config(), 3)
+    assert "have not got the version: the coordinator's link" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("whose", ["the version's", "the node's own"])
