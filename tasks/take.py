@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from ratchet.config.params import Config
 from ratchet.config.training import AdapterConfig
 from ratchet.errors import BaseModelError, ConfigError, DataError
-from ratchet.federation.aggregation import Aggregate, fold
+from ratchet.federation.aggregation import Aggregate, Folded, fold
 from ratchet.federation.node import check_base, write_adapter, write_start
 from ratchet.federation.personal import choose_mixture
 from ratchet.federation.records import DELIVERED, NODE, Delivery, read_rounds, require_delivery
@@ -138,65 +138,62 @@ class _Measure:
 # --- a personal adapter ---
 
 
+class Common(NamedTuple):
+    """The delivered adapter, as factors of `adapter.rank` and a residual; `described` is PEFT's config."""
+
+    aggregate: Aggregate
+    described: dict[str, Any]
+    scale: float
+
+    def write(self, folder: Path, found: Aggregate, most: int) -> Folded:
+        """Write an aggregate as one adapter of the rank `most` at most."""
+        folded = fold(found, most)
+        config = {"r": folded.rank, "lora_alpha": self.scale * folded.rank, "use_rslora": False}
+        write_adapter(folder, folded.adapter, self.described | config)
+        return folded
+
+
 def _mix(workspace: Workspace, delivery: Delivery, config: Config, say: Say) -> Taken:
-    """Mix the delivered adapter with the node's own: trained from the base, and from the delivered one on.
+    """Mix the delivered adapter with the node's own: trained from the delivered one on, and from the base.
 
     Of both the mixture with the least loss on the node's own validation rows is taken, as
     `benchmarks.federation` does.
     """
     scratch, adapter = workspace.path / SCRATCH, config.adapter
-    scale = adapter.alpha / (adapter.rank**0.5 if adapter.method == "rslora" else adapter.rank)
-    common = _split(workspace, delivery, config, scale)
-    described = read_json(scratch / "fresh/adapter_config.json")
-    write_start(
-        scratch / "start",
-        state_tensors(common),
-        described,
-        scale,
-        adapter.model_dump(mode="json"),
-        delivery.base,
-    )
+    common = _split(workspace, delivery, config)
     profile = _tokenize(workspace, config, say)
     if not profile["validation"]["rows"]:
         raise DataError(
             "a personal adapter is chosen by the loss on this node's validation rows, and there are none",
             remedy="raise `prepare.validation_share`, or take the version without --personal",
         )
-    trained = {origin: _train(workspace, config, origin, say) for origin in ("champion", "base")}
-    owns = [
-        Aggregate(load_file(trained["champion"] / WEIGHTS), common.residual),
-        Aggregate(load_file(trained["base"] / WEIGHTS), {}),
-    ]
+    homes = [_train(workspace, config, origin, say) for origin in ("champion", "base")]
+    on, alone = (load_file(home / "candidate" / WEIGHTS) for home in homes)
+    owns = [Aggregate(on, common.aggregate.residual), Aggregate(alone, {})]
     measure = _Measure(workspace, scratch / "tokens", adapter, config)
-
-    def write(found: Aggregate) -> int:
-        folded = fold(found, config.federate.max_rank)
-        write_adapter(scratch / "mixture", folded.adapter, _of_rank(described, folded.rank, scale))
-        return folded.rank
+    out, most = scratch / "mixture", config.federate.max_rank
 
     def loss(found: Aggregate) -> float:
-        write(found)
-        return measure.of(scratch / "mixture")
+        common.write(out, found, most)
+        return measure.of(out)
 
-    choices = [choose_mixture(common, own, loss) for own in owns]
+    choices = [choose_mixture(common.aggregate, own, loss) for own in owns]
     choice = min(choices, key=lambda one: one.loss)
-    rank = write(choice.mixture)
+    folded = common.write(out, choice.mixture, most)
     origin = "the delivered one" if choice is choices[0] else "the base"
     say(
         f"take: own share {choice.share:g}, of an adapter trained from {origin}; validation loss "
-        f"{choice.loss:.4f}"
+        f"{choice.loss:.4f}; rank {folded.rank}, which has no room for {folded.missing:.2%} of a layer's "
+        "update, at most"
     )
-    figures = [read_json(folder.parent / "reports/figures.json") for folder in trained.values()]
+    figures = [read_json(home / "reports/figures.json") for home in homes]
+    missing = max(folded.missing, delivery.federation.missing)
+    method = "qlora" if adapter.method == "qlora" else "lora"
+    shape = {"method": method, "rank": folded.rank, "alpha": common.scale * folded.rank}
     return Taken(
-        scratch / "mixture",
-        adapter.model_copy(
-            update={
-                "method": "qlora" if adapter.method == "qlora" else "lora",
-                "rank": rank,
-                "alpha": scale * rank,
-            }
-        ),
-        msgspec.structs.replace(delivery.federation, own_share=choice.share),
+        out,
+        adapter.model_copy(update=shape),
+        msgspec.structs.replace(delivery.federation, own_share=choice.share, missing=missing),
         {*_batches(workspace.root, delivery), *profile["batches"]},
         {**profile, "max_length": max(profile["max_length"], delivery.max_length)},
         choice.loss,
@@ -205,12 +202,12 @@ def _mix(workspace: Workspace, delivery: Delivery, config: Config, say: Say) -> 
     )
 
 
-def _split(workspace: Workspace, delivery: Delivery, config: Config, scale: float) -> Aggregate:
-    """Return the delivered adapter as factors of `adapter.rank` and a residual. Raises BaseModelError."""
-    base, fresh = workspace.path / "models/base", workspace.path / SCRATCH / "fresh"
+def _split(workspace: Workspace, delivery: Delivery, config: Config) -> Common:
+    """Split the delivered adapter, and write it as the start of a training. Raises BaseModelError."""
+    adapter, scratch = config.adapter, workspace.path / SCRATCH
+    base, fresh = workspace.path / "models/base", scratch / "fresh"
     with whole_folder(fresh) as folder:
-        model = load_trainable(base, None, config.adapter, seed=config.train.seed)
-        save_trained(model, base, folder)
+        save_trained(load_trainable(base, None, adapter, seed=config.train.seed), base, folder)
     given = load_file(workspace.root / NODE / DELIVERED / WEIGHTS)
     if given.keys() != load_file(fresh / WEIGHTS).keys():
         raise BaseModelError(
@@ -218,11 +215,20 @@ def _split(workspace: Workspace, delivery: Delivery, config: Config, scale: floa
             remedy="set `adapter.target_modules` as the coordinator has it: "
             f"{delivery.record.get('target_modules')}",
         )
-    return split(given, config.adapter.rank, delivery.record["alpha"] / delivery.record["rank"] / scale)
-
-
-def _of_rank(described: Mapping[str, Any], rank: int, scale: float) -> dict[str, Any]:
-    return {**described, "r": rank, "lora_alpha": scale * rank, "use_rslora": False}
+    scale = adapter.alpha / (adapter.rank**0.5 if adapter.method == "rslora" else adapter.rank)
+    theirs = delivery.record["alpha"] / delivery.record["rank"]
+    common = Common(
+        split(given, adapter.rank, theirs / scale), read_json(fresh / "adapter_config.json"), scale
+    )
+    write_start(
+        scratch / "start",
+        state_tensors(common.aggregate),
+        common.described,
+        scale,
+        adapter.model_dump(mode="json"),
+        delivery.base,
+    )
+    return common
 
 
 def _tokenize(workspace: Workspace, config: Config, say: Say) -> Mapping[str, Any]:
@@ -240,7 +246,10 @@ def _tokenize(workspace: Workspace, config: Config, say: Say) -> Mapping[str, An
 
 
 def _train(workspace: Workspace, config: Config, origin: str, say: Say) -> Path:
-    """Train an adapter on the node's rows from "base", or from the delivered adapter; return its folder."""
+    """Train an adapter on the node's rows, from "base" or from the delivered one ("champion").
+
+    Returns the folder that holds `candidate` and `reports`.
+    """
     scratch, home = workspace.path / SCRATCH, workspace.path / SCRATCH / f"from-{origin}"
     paths = {
         "params": _params(workspace, config, origin),
@@ -251,13 +260,13 @@ def _train(workspace: Workspace, config: Config, origin: str, say: Say) -> Path:
         "reports": home / "reports",
     }
     run_module(workspace, "tasks.train", _flags(paths), say)
-    return paths["out"]
+    return home
 
 
 def _params(workspace: Workspace, config: Config, origin: str) -> Path:
-    """Write the node's params.yaml with all rows, and `train.start_from` as `origin`; return its path."""
+    """Write the node's params.yaml for a training on all rows and without a teacher; return its path."""
     values = config.model_dump(mode="json")
-    values["train"] |= {"start_from": origin, "rows": "all"}
+    values["train"] |= {"start_from": origin, "rows": "all", "teacher": ""}
     path = workspace.path / SCRATCH / f"params-{origin}.yaml"
     write_json(path, values)
     return path
