@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 from prefect import flow, task
@@ -53,6 +53,9 @@ from tasks.record import (
     record_page,
     register,
 )
+
+if TYPE_CHECKING:
+    from ratchet.federation.rounds import Link
 
 # Git tracks only parts of these: locks, .gitignore files, the verdict.
 OUTPUTS = ["dvc.lock", "reports", "models", "data"]
@@ -127,7 +130,21 @@ def train_with_nodes(workspace: Workspace, config: Config, reason: str, stale: s
 
     found = go_round(workspace, config, reason, stale | {"train"}, train)
     forget_run(home)
+    if found.verdict == "promote":
+        give_to_nodes(workspace, FlowerLink(home), config, found.version)
     return found
+
+
+@task(name="deliver", **SETTINGS)
+def give_to_nodes(workspace: Workspace, link: Link, config: Config, version: int | None) -> None:
+    """Give the nodes the version. It has landed, so a failure is only reported."""
+    from ratchet.federation.delivery import deliver  # loads torch
+
+    models, seconds = workspace.path / "models", config.federate.round_minutes * 60
+    try:
+        deliver(link, models / "candidate", models / "base", version, seconds, say)
+    except (RatchetError, OSError) as error:
+        say(f"the nodes have not got the version: {str(error).splitlines()[0]}")
 
 
 def go_round(

@@ -171,6 +171,30 @@ def run(reason: Reason = "by hand", as_json: Json = False) -> None:
     show(found._asdict(), as_json, lambda: tell_retrained(found))
 
 
+@app.command("take")
+def take(
+    personal: Annotated[
+        bool,
+        typer.Option("--personal", help="Mix it with an adapter that is trained on this node's own rows."),
+    ] = False,
+    reason: Reason = "by hand",
+    as_json: Json = False,
+) -> None:
+    """Make the version that the coordinator delivered a candidate of this node, and judge it on its own rows.
+
+    Example: ratchet federate take --personal --reason "a month of new rows"
+    """
+    from ratchet.federation.records import require_delivery
+
+    require_delivery(find_root())
+    root = ready_root()
+    from flows.take import take as flow
+    from ratchet.cli.loop import tell_retrained
+
+    found = flow(root=str(root), reason=reason, personal=personal)
+    show(found._asdict(), as_json, lambda: tell_retrained(found))
+
+
 @app.command("status")
 def status(as_json: Json = False) -> None:
     """Show the nodes and rounds: at a coordinator all, at a node its own. Example: ratchet federate status"""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ratchet.errors import DataError
 from ratchet.evaluation.node_scores import Sums
+from ratchet.models.manifests import Together
 
 ENVELOPE = "message"  # the entry of the metadata that holds version and header
 VERSION = 2  # of the messages; both sides have to speak the same
@@ -96,7 +97,24 @@ class Score(msgspec.Struct, frozen=True, tag="score", forbid_unknown_fields=True
     round: int = 0  # of the secure sum
 
 
-Request = Train | Keys | Deal | Mask | Reveal | Score
+class Deliver(msgspec.Struct, frozen=True, tag="deliver", forbid_unknown_fields=True, kw_only=True):
+    """Give a node the version that came out; its adapter is the tensors.
+
+    `version` is its number at the coordinator, `start` the sha256 of the adapter that its first round started
+    from, or "base".
+    """
+
+    run: str
+    version: int | None
+    base: dict[str, Any]
+    adapter_config: dict[str, Any]  # PEFT's description
+    record: dict[str, Any]  # its section `adapter` of params.yaml
+    max_length: int  # of a row, in tokens
+    start: str
+    federation: Together
+
+
+Request = Train | Keys | Deal | Mask | Reveal | Score | Deliver
 
 
 class Trained(msgspec.Struct, frozen=True, tag="trained", forbid_unknown_fields=True, kw_only=True):
@@ -133,13 +151,17 @@ class Scored(msgspec.Struct, frozen=True, tag="scored", forbid_unknown_fields=Tr
     groups: dict[str, Sums]
 
 
+class Delivered(msgspec.Struct, frozen=True, tag="delivered", forbid_unknown_fields=True):
+    """A node keeps the version that it was given."""
+
+
 class Refused(msgspec.Struct, frozen=True, tag="refused", forbid_unknown_fields=True):
     """A node will not, or cannot; the reason holds nothing of its rows."""
 
     reason: str
 
 
-Reply = Trained | Published | Dealt | Masked | Revealed | Scored | Refused
+Reply = Trained | Published | Dealt | Masked | Revealed | Scored | Delivered | Refused
 
 
 class Message(NamedTuple):
@@ -209,5 +231,11 @@ def check_tensors(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -
         seen, asked = (tuple(tensor.shape), tensor.dtype), (tuple(wanted[name].shape), wanted[name].dtype)
         if seen != asked:
             raise DataError(f"the weight {name} is {seen[0]} of {seen[1]}; wanted {asked[0]} of {asked[1]}")
+    check_finite(tensors)
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raise DataError unless all numbers are finite."""
+    for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise DataError(f"the weight {name} holds numbers that are not finite")

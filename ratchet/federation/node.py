@@ -35,7 +35,16 @@ from ratchet.evaluation.node_scores import ALL, read_groups
 from ratchet.federation import masking, messages
 from ratchet.federation.aggregation import DOWN
 from ratchet.federation.messages import Message, write_message
-from ratchet.federation.records import NODE, TOOK_PART, Done, read_node, read_rounds
+from ratchet.federation.records import (
+    DELIVERED,
+    DELIVERY,
+    NODE,
+    TOOK_PART,
+    Delivery,
+    Done,
+    read_node,
+    read_rounds,
+)
 from ratchet.federation.secure import tag_of, words_of
 from ratchet.federation.state import GLOBAL, KEPT
 from ratchet.files import read_json, sha256_json, whole_folder, write_bytes, write_json, write_private
@@ -113,7 +122,9 @@ def _train(root: Path, folder: Path, message: Message) -> bytes:
     _clean(folder, asked.run)
     work = prepare(root, folder, asked.params, asked.base)
     run = folder / "work" / f"{asked.run}-{asked.round}"
-    _write_start(run / "start", message)
+    write_start(
+        run / "start", message.tensors, asked.adapter_config, asked.scale, asked.params["adapter"], asked.base
+    )
     # The ledger of what was spent of the rows' privacy stands beside the reports, and stays.
     candidate, reports = run / "candidate", folder / "trainings" / run.name
     _stage(
@@ -142,6 +153,7 @@ def _train(root: Path, folder: Path, message: Message) -> bytes:
         float(figures["train_loss"]),
         figures["best_validation_loss"],
         promise.epsilon_together if promise else None,
+        read_json(work.tokens / "profile.json")["batches"],
     )
     with (folder / TOOK_PART).open("ab") as out:
         out.write(msgspec.json.encode(done) + b"\n")
@@ -222,17 +234,8 @@ def prepare(
     if not any((data / "raw").glob("**/*.jsonl")):
         raise Refusal("this node holds no batch of rows")
     forgotten = data / "forgotten.jsonl"
-    made = sha256_json(
-        {"base": config["base"], "method": [params["adapter"][key] for key in ("method", "quantisation")]}
-    )
-    paths = {"params": work.params, "out": work.base, "proof": folder / "proof.json"}
-    _once(root, "base", work.base, made, paths)
-    if (ours := identity(work.base)) != dict(base):
-        odd = next(key for key in IDENTITY if ours[key] != base.get(key))
-        raise Refusal(
-            f"this node's base is another one: its {odd} is {_short(ours[odd])}, the coordinator's "
-            f"{_short(base.get(odd))}; set `base.model` and `base.revision` as the coordinator has them"
-        )
+    _make_base(root, folder, config)
+    check_base(work.base, base)
     inputs = [data / "raw", data / "golden.jsonl", forgotten]
     made = sha256_json({"prepare": config["prepare"], "files": list(_stamps(inputs))})
     raw = {"raw": data / "raw", "golden": data / "golden.jsonl", "forgotten": forgotten}
@@ -248,6 +251,23 @@ def prepare(
     paths = {"prepared": work.prepared, "base": work.base, "incumbent": nobody}
     _once(root, "tokenize", work.tokens, made, {"params": work.params, **paths, "out": work.tokens})
     return work
+
+
+def _make_base(root: Path, folder: Path, config: Mapping[str, Any]) -> None:
+    method = [config["adapter"][key] for key in ("method", "quantisation")]
+    made = sha256_json({"base": config["base"], "method": method})
+    paths = {"params": folder / "params.yaml", "out": folder / "base", "proof": folder / "proof.json"}
+    _once(root, "base", folder / "base", made, paths)
+
+
+def check_base(folder: Path, wanted: Mapping[str, Any]) -> None:
+    """Raise Refusal unless the base in `folder` is the coordinator's, whose identity is `wanted`."""
+    ours = identity(folder)
+    if odd := next((key for key in IDENTITY if ours[key] != wanted.get(key)), None):
+        raise Refusal(
+            f"this node's base is another one: its {odd} is {_short(ours[odd])}, the coordinator's "
+            f"{_short(wanted.get(odd))}; set `base.model` and `base.revision` as the coordinator has them"
+        )
 
 
 def _short(value: object) -> str:
@@ -287,34 +307,41 @@ def _stage(root: Path, stage: str, paths: Mapping[str, Path], environment: Mappi
         raise Refusal(f"the stage {stage} ended with code {done.returncode}; this node's log says why")
 
 
-def _write_start(folder: Path, message: Message) -> None:
-    """Write the global adapter as an incumbent, from which the stage `train` starts."""
-    asked: messages.Train = message.header
+def write_start(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    adapter_config: Mapping[str, Any],
+    scale: float,
+    adapter: Mapping[str, Any],
+    base: Mapping[str, Any],
+) -> None:
+    """Write the global adapter as an incumbent, from which the stage `train` starts.
+
+    `tensors` are those of `ratchet.federation.state.state_tensors`, `adapter` is the section of params.yaml.
+    """
     parts = {
         prefix: {
-            name.removeprefix(prefix): tensor
-            for name, tensor in message.tensors.items()
-            if name.startswith(prefix)
+            name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)
         }
         for prefix in (GLOBAL, KEPT)
     }
     if not parts[GLOBAL]:
         raise DataError("the request to train holds no adapter")
     with whole_folder(folder) as whole:
-        write_adapter(whole, parts[GLOBAL], asked.adapter_config)
+        write_adapter(whole, parts[GLOBAL], adapter_config)
         write_json(
             whole / MANIFEST,
             {
                 "version": 0,
                 "batches": [],
-                "adapter": asked.params["adapter"],
-                "base": dict(asked.base),
+                "adapter": dict(adapter),
+                "base": dict(base),
                 "privacy": None,  # the coordinator has seen to it that what it sends was learned with privacy
             },
         )
         if parts[KEPT]:
             rank = next(tensor.shape[0] for name, tensor in parts[KEPT].items() if name.endswith(DOWN))
-            config = asked.adapter_config | {"r": rank, "lora_alpha": asked.scale * rank, "use_rslora": False}
+            config = {**adapter_config, "r": rank, "lora_alpha": scale * rank, "use_rslora": False}
             (whole / RESIDUAL).mkdir()
             write_adapter(whole / RESIDUAL, parts[KEPT], config)
 
@@ -379,6 +406,36 @@ def _score(root: Path, folder: Path, message: Message) -> bytes:
     place.mkdir(parents=True, exist_ok=True)
     write_bytes(place / WORDS, [np.array(msgspec.structs.astuple(groups[ALL]), np.float64).tobytes()])
     return write_message(messages.Scored({}))
+
+
+# --- the version that came out ---
+
+
+def _deliver(root: Path, folder: Path, message: Message) -> bytes:
+    """Keep the version in place of the one that was delivered before."""
+    asked: messages.Deliver = message.header
+    messages.check_finite(message.tensors)
+    if not any(name.endswith(DOWN) for name in message.tensors):
+        raise DataError("the version that was delivered holds no adapter")
+    if not (folder / "base").exists():  # this node took part in no round yet
+        config = load_config(root / "params.yaml").model_dump(mode="json") | {"adapter": asked.record}
+        write_bytes(folder / "params.yaml", [json.dumps(config, indent=1).encode()])
+        _make_base(root, folder, config)
+    check_base(folder / "base", asked.base)
+    delivery = Delivery(
+        dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        asked.run,
+        asked.version,
+        asked.base,
+        asked.record,
+        asked.max_length,
+        asked.start,
+        asked.federation,
+    )
+    with whole_folder(folder / DELIVERED) as whole:
+        write_adapter(whole, message.tensors, asked.adapter_config)
+        write_json(whole / DELIVERY, msgspec.to_builtins(delivery))
+    return write_message(messages.Delivered())
 
 
 # --- secure aggregation ---
@@ -448,6 +505,7 @@ def _reveal(root: Path, folder: Path, message: Message) -> bytes:
 ANSWERS: dict[Any, Callable[[Path, Path, Message], bytes]] = {
     messages.Train: _train,
     messages.Score: _score,
+    messages.Deliver: _deliver,
     messages.Keys: _keys,
     messages.Deal: _deal,
     messages.Mask: _mask,

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from ratchet.errors import RatchetError, UserError
 from ratchet.files import read_json
+from ratchet.models.manifests import Together
 
 NODE = Path(".ratchet/federation/node")  # a node's files, in its checkout
 SETTINGS, TOOK_PART = "node.json", "rounds.jsonl"
 RECORD = "round.json"  # of one round, at the coordinator
 FORGOTTEN = "forgotten-nodes.json"
 ROUNDS = "rounds.json"  # of all rounds of a version, beside the figures of its training
+DELIVERED, DELIVERY = "delivered", "delivery.json"  # a node's folder of the version that it was given
 
 
 class Node(msgspec.Struct, frozen=True):
@@ -42,6 +45,25 @@ class Done(msgspec.Struct, frozen=True):
     train_loss: float
     validation_loss: float | None
     epsilon: float | None = None  # spent of the rows' privacy, with earlier trainings
+    batches: list[str] = []  # of the rows that were trained on
+
+
+class Delivery(msgspec.Struct, frozen=True):
+    """A version that the coordinator gave this node; its adapter is beside it (`messages.Deliver`)."""
+
+    time: str
+    run: str
+    version: int | None
+    base: dict[str, Any]
+    record: dict[str, Any]
+    max_length: int
+    start: str
+    federation: Together
+
+    @property
+    def told(self) -> str:
+        name = f"v{self.version} of the coordinator" if self.version else "a version of the coordinator"
+        return f"{name}, run {self.run}, delivered at {self.time}: {self.federation.told}"
 
 
 def read_node(root: Path) -> Node:
@@ -75,6 +97,23 @@ def read_forgotten_nodes(folder: Path) -> list[ForgottenNode]:
     """Read the nodes that were forgotten, from the coordinator's folder."""
     path = folder / FORGOTTEN
     return msgspec.convert(read_json(path), list[ForgottenNode]) if path.exists() else []
+
+
+def read_delivery(root: Path) -> Delivery | None:
+    """Return what is known of the version that this node was given last; None: none yet."""
+    path = root / NODE / DELIVERED / DELIVERY
+    return msgspec.convert(read_json(path), Delivery) if path.exists() else None
+
+
+def require_delivery(root: Path) -> Delivery:
+    """Return what this node was given last. Raises UserError: nothing yet."""
+    if found := read_delivery(root):
+        return found
+    raise UserError(
+        "this checkout was given no version of a federation",
+        remedy="the coordinator gives one to the nodes that are connected when its gate says promote; "
+        "`ratchet federate status` tells what came",
+    )
 
 
 class Part(msgspec.Struct, frozen=True):

@@ -12,9 +12,11 @@ from ratchet.federation.records import (
     NODE,
     RECORD,
     SETTINGS,
+    Delivery,
     Done,
     Node,
     Round,
+    read_delivery,
     read_node,
     read_rounds,
     read_trained_rounds,
@@ -33,6 +35,7 @@ class Federation(msgspec.Struct, frozen=True):
     last: list[Round]  # of the newest version that was trained here together
     node: Node | None
     took_part: list[Done]
+    delivered: Delivery | None  # the version that this node was given
 
 
 def see_federation(root: Path) -> Federation:
@@ -51,6 +54,7 @@ def see_federation(root: Path) -> Federation:
         read_trained_rounds(root / "reports/train"),
         read_node(root) if joined else None,
         read_rounds(root),
+        read_delivery(root),
     )
 
 
@@ -61,6 +65,8 @@ def describe(found: Federation) -> list[str]:
     if found.node:
         lines.append(f"node    {found.node.name}, of the coordinator at {found.node.url}")
         lines += [_told(done) for done in found.took_part[-10:]]
+        held = found.delivered
+        lines.append(f"holds   {f'{held.told}; ratchet federate take' if held else 'no version yet'}")
         return lines
     if not found.nodes:
         lines.append("nodes   none yet: ratchet federate invite NAME")

@@ -95,6 +95,7 @@ class Together(msgspec.Struct, frozen=True):
     missing: float = 0.0  # share of a layer's update that the adapter's rank had no room for, at most
     epsilon: float | None = None  # spent of the privacy of a node's rows, at most, with earlier trainings
     delta: float = 0.0
+    own_share: float | None = None  # of the adapter that a node mixed into it, trained on its own rows alone
 
     @property
     def told(self) -> str:
@@ -103,6 +104,7 @@ class Together(msgspec.Struct, frozen=True):
             f"{len(self.nodes)} nodes ({', '.join(self.nodes)}) in {self.rounds} rounds on {self.rows} rows "
             f"that stayed there; {self.strategy}, {self.aggregation}; {seen}; "
             + (f"ε = {self.epsilon:.3g}, δ = {self.delta:g}" if self.epsilon is not None else "no ε")
+            + (f", own share {self.own_share:g}" if self.own_share is not None else "")
         )
 
 

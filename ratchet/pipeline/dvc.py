@@ -83,14 +83,27 @@ def run_stage(workspace: Workspace, stage: str, say: Say) -> bool:
     return not any(line.startswith(f"Stage '{stage}' didn't change") for line in lines)
 
 
+def run_module(workspace: Workspace, module: str, arguments: list[str], say: Say) -> None:
+    """Run a stage's module on other paths than the DAG's; nothing of it is in DVC or MLflow.
+
+    Raises StageError with the last lines.
+    """
+    lines, code = _stream([sys.executable, "-m", module, *arguments], workspace, say, tracked=False)
+    if code:
+        told = "\n".join(without_torchrun(lines)[-12:])
+        raise StageError(f"{module} failed:\n{told}", exit_code=2 if code == 2 else 1)
+
+
 def without_torchrun(lines: list[str]) -> list[str]:
     """Return the lines of the processes themselves, without torchrun's report."""
     first = next((place for place, line in enumerate(lines) if TORCHRUN.match(line)), len(lines))
     return lines[:first] or lines
 
 
-def _stream(command: list[str], workspace: Workspace, say: Say) -> tuple[list[str], int]:
-    """Run a command and return its lines and exit code.
+def _stream(
+    command: list[str], workspace: Workspace, say: Say, *, tracked: bool = True
+) -> tuple[list[str], int]:
+    """Run a command and return its lines and exit code; it does not see MLflow unless `tracked`.
 
     An exception here, such as one that a signal raises, ends the whole process group, because DVC does not
     pass a signal on to the stage.
@@ -98,6 +111,8 @@ def _stream(command: list[str], workspace: Workspace, say: Say) -> tuple[list[st
     lines: list[str] = []
     # Checkpoints are stored in the checkout, because the workspace may be deleted.
     environment = {**child_environment(), "RATCHET_ROOT": str(workspace.root.resolve())}
+    if not tracked:
+        environment.pop("MLFLOW_TRACKING_URI", None)
     with subprocess.Popen(
         command,
         cwd=workspace.path,

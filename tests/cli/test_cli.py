@@ -64,7 +64,19 @@ GROUPS = {
     "keys": ("add", "list", "revoke"),
     "data": ("check", "rejected", "resubmit", "show", "erase"),
     "gate": ("plan", "explain"),
-    "federate": ("up", "down", "invite", "remove", "forget", "key", "join", "leave", "run", "status"),
+    "federate": (
+        "up",
+        "down",
+        "invite",
+        "remove",
+        "forget",
+        "key",
+        "join",
+        "leave",
+        "run",
+        "take",
+        "status",
+    ),
     "review": ("status", "next", "accept", "reject", "edit", "undo", "export", "import"),
 }
 PARAMS = (

@@ -44,6 +44,7 @@ def invitation(folder: Path, **changes: str) -> Path:
         (["remove", "north"], "no node is called north; there are none"),
         (["join", "nothing.invitation"], "is no invitation"),
         (["join"], "has joined no federation"),
+        (["take"], "was given no version of a federation"),
     ],
 )
 def test_what_is_missing_is_said(checkout, arguments, told):

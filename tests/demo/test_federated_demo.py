@@ -21,7 +21,8 @@ from ratchet.config.params import load_config
 from ratchet.demo.federated import COORDINATOR, NODES, PLACE, ROUNDS
 from ratchet.evaluation.report import read_metrics
 from ratchet.federation.link.flower import FOLDER
-from ratchet.federation.records import read_rounds
+from ratchet.federation.records import DELIVERED, NODE, read_delivery, read_rounds
+from ratchet.models.loading import adapter_sha256
 from ratchet.models.manifests import read_trained_manifest
 from ratchet.promotion.champion import read_champion
 from ratchet.promotion.verdict import read_verdict
@@ -81,6 +82,11 @@ def test_the_version_says_who_trained_it(place: Path) -> None:
     assert champion is not None and champion.version == 1 and champion.run_key == manifest.run_key
     for name in NODES:
         assert [done.round for done in read_rounds(place / name)] == [1, 2, 3, 4]
+        delivery = read_delivery(place / name)
+        assert delivery is not None
+        assert (delivery.version, delivery.federation) == (1, manifest.federation)
+        kept = place / name / NODE / DELIVERED
+        assert adapter_sha256(kept) == champion.adapter_sha256
 
 
 def test_no_row_of_a_node_is_at_the_coordinator(place: Path) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import msgspec
 from ratchet.config.params import Config
 from ratchet.data.batches import write_batch
 from ratchet.federation.records import NODE, SETTINGS, Node
-from ratchet.files import write_json, write_text
+from ratchet.files import read_json, write_json, write_text
+from ratchet.models.manifests import MANIFEST, Together
 
 
 def make_node(root: Path, config: Config, rows: list[dict[str, Any]], **limits: Any) -> Path:
@@ -41,6 +43,14 @@ def join(root: Path, **limits: Any) -> None:
     settings = Node(root.name, "127.0.0.1:1", **limits)
     (root / NODE).mkdir(parents=True, exist_ok=True)
     write_json(root / NODE / SETTINGS, msgspec.to_builtins(settings))
+
+
+def make_version(folder: Path, trained: Path, run: str = "run", nodes: Sequence[str] = ("north",)) -> Path:
+    """Copy a trained version to `folder` as if `nodes` had trained it together."""
+    shutil.copytree(trained, folder)
+    together = msgspec.to_builtins(Together(run, list(nodes), 2, 140))
+    write_json(folder / MANIFEST, read_json(folder / MANIFEST) | {"federation": together})
+    return folder
 
 
 class Direct:
