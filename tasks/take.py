@@ -98,7 +98,10 @@ def take(workspace: Workspace, config: Config, *, personal: bool, say: Say) -> N
             batches=taken.batches,
             profile=taken.profile,
             adapter=taken.adapter,
-            more={"federation": msgspec.to_builtins(taken.federation)},
+            more={
+                "federation": msgspec.to_builtins(taken.federation),
+                "taught_by": taken.federation.nodes,
+            },
         )
     _write_reports(workspace.path / "reports/train", taken, read_json(out / MANIFEST)["run_key"])
 
