@@ -61,6 +61,12 @@ def check_trainable(config: Config) -> None:
             f"train.processes is {train.processes}, and nodes may have fewer cores or GPUs",
             remedy="set `train.processes: 1` for a federation",
         )
+    if config.evaluate.canaries or config.evaluate.audit_canaries:
+        raise ConfigError(
+            f"evaluate.canaries is {config.evaluate.canaries}, audit_canaries {config.evaluate.audit_canaries}: "
+            "they are planted among rows of this checkout, and nodes train on theirs",
+            remedy="set both to 0 for a federation",
+        )
     if train.teacher:
         raise ConfigError(
             f"train.teacher is {train.teacher!r}; nodes have no champion to learn from",

@@ -14,13 +14,14 @@ import pytest
 
 from ratchet.config.federation import FederateConfig
 from ratchet.config.params import Config
+from ratchet.errors import ConfigError
 from ratchet.federation.link.flower import FOLDER
 from ratchet.federation.messages import Refused, Train, Trained, read_request, write_message
 from ratchet.federation.records import FORGOTTEN, ForgottenNode, read_trained_rounds
 from ratchet.federation.state import GLOBAL
 from ratchet.files import read_json, write_json
 from ratchet.models.manifests import TrainedManifest, read_trained_manifest
-from tasks.federate import forget_run, train_together
+from tasks.federate import check_trainable, forget_run, train_together
 
 
 class Crafted:
@@ -111,3 +112,24 @@ def test_the_reports_are_those_of_a_training_with_each_round(coordinator: Coordi
         "north": "no held-out rows",
         "south": "no held-out rows",
     }
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "told"),
+    [
+        ("adapter", {"method": "dora"}, "adapter.method is 'dora'"),
+        ("adapter", {"bias": "lora_only"}, "modules_to_save or bias"),
+        ("train", {"processes": 2}, "train.processes is 2"),
+        ("train", {"teacher": "champion"}, "nodes have no champion"),
+        ("evaluate", {"canaries": 4}, "evaluate.canaries is 4"),
+        ("evaluate", {"audit_canaries": 4}, "audit_canaries 4"),
+    ],
+)
+def test_settings_that_no_node_could_follow_are_refused(
+    tiny_config: Config, section: str, values: dict[str, object], told: str
+) -> None:
+    check_trainable(tiny_config)
+    part = getattr(tiny_config, section).model_copy(update=values)
+    with pytest.raises(ConfigError, match=told) as caught:
+        check_trainable(tiny_config.model_copy(update={section: part}))
+    assert "set " in caught.value.remedy
