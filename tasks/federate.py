@@ -63,7 +63,8 @@ def check_trainable(config: Config) -> None:
         )
     if config.evaluate.canaries or config.evaluate.audit_canaries:
         raise ConfigError(
-            f"evaluate.canaries is {config.evaluate.canaries}, audit_canaries {config.evaluate.audit_canaries}: "
+            f"evaluate.canaries is {config.evaluate.canaries}, audit_canaries "
+            f"{config.evaluate.audit_canaries}: "
             "they are planted among rows of this checkout, and nodes train on theirs",
             remedy="set both to 0 for a federation",
         )

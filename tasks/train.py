@@ -26,6 +26,7 @@ import msgspec
 
 from ratchet.config.params import Config
 from ratchet.errors import BaseModelError, DataError
+from ratchet.federation.records import ledgers
 from ratchet.files import read_json, require_space, sha256_json, whole_folder, write_json
 from ratchet.media.store import FOLDER as MEDIA
 from ratchet.media.store import MediaStore
@@ -143,6 +144,12 @@ class Trained(NamedTuple):
     learned_tokens: int  # in one epoch
 
 
+def _spent_elsewhere(root: Path, ledger: Path) -> list[Spending]:
+    """Return what the other kind of training has spent of the rows at `root`: rounds, or a node's own."""
+    own, rounds = ledgers(root.resolve())
+    return read_spendings(own if ledger.resolve() == rounds else rounds)
+
+
 class Spends(NamedTuple):
     """What a private training is going to spend: `most` is the ε of its rows with earlier trainings."""
 
@@ -197,7 +204,8 @@ class Training:
         steps = max(1, math.ceil(train.epochs / rate))
         whole = noise_for(privacy.epsilon, privacy.delta, rate, steps * privacy.trainings)
         mechanism = Mechanism(whole.noise_multiplier, rate, steps)
-        most = check_budget(read_spendings(ledger), mechanism, self._profile["batches"], privacy)
+        known = read_spendings(ledger) + _spent_elsewhere(project_root(), ledger)
+        most = check_budget(known, mechanism, self._profile["batches"], privacy)
         self._spends = Spends(mechanism, units, most)
         say(
             f"train: private by {privacy.unit}: ε = {privacy.epsilon:g}, δ = {privacy.delta:g} "

@@ -66,11 +66,13 @@ def privacy(as_json: Json = False) -> None:
 
     Example: ratchet privacy
     """
-    from ratchet.privacy.ledger import FILE, read_spendings, spent_by_batch
+    from ratchet.federation.records import ledgers
+    from ratchet.privacy.ledger import read_spendings, spent_by_batch
     from ratchet.promotion.champion import read_ledger
 
     root = find_root()
-    asked, spendings = read_config(root).train.privacy, read_spendings(root / FILE)
+    asked = read_config(root).train.privacy
+    spendings = [entry for path in ledgers(root) for entry in read_spendings(path)]
     private = {entry.adapter_sha256 for entry in spendings}
     plain: dict[str, list[int]] = {}  # batch → versions that were in charge and learned it without privacy
     for _, entry in read_ledger(root):

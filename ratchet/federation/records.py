@@ -14,6 +14,7 @@ import msgspec
 from ratchet.errors import RatchetError, UserError
 from ratchet.files import read_json
 from ratchet.models.manifests import Together
+from ratchet.privacy.ledger import FILE as LEDGER
 
 NODE = Path(".ratchet/federation/node")  # a node's files, in its checkout
 SETTINGS, TOOK_PART = "node.json", "rounds.jsonl"
@@ -21,6 +22,15 @@ RECORD = "round.json"  # of one round, at the coordinator
 FORGOTTEN = "forgotten-nodes.json"
 ROUNDS = "rounds.json"  # of all rounds of a version, beside the figures of its training
 DELIVERED, DELIVERY = "delivered", "delivery.json"  # a node's folder of the version that it was given
+
+
+def ledgers(root: Path) -> list[Path]:
+    """Return both ledgers of ε of a checkout's rows: of its own trainings, and of those in rounds.
+
+    `root` is the checkout, or the folder of its node, in which rounds train.
+    """
+    home = root.parents[len(NODE.parts) - 1] if root.parts[-len(NODE.parts) :] == NODE.parts else root
+    return [home / LEDGER, home / NODE / "trainings" / LEDGER.name]
 
 
 class Node(msgspec.Struct, frozen=True):

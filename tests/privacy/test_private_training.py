@@ -16,6 +16,7 @@ from ratchet.config.params import Config
 from ratchet.config.training import AdapterConfig
 from ratchet.data.examples import encode_line, read_examples
 from ratchet.errors import BaseModelError, ConfigError, DataError
+from ratchet.federation.records import NODE, ledgers
 from ratchet.files import read_json, write_bytes, write_json
 from ratchet.models.adapters import load_trainable
 from ratchet.privacy.accountant import Mechanism
@@ -211,6 +212,27 @@ def test_a_training_over_the_budget_is_refused_before_it_starts(
     told = read_json(place[0] / "manifest.json")["privacy"]
     assert 3.0 < told["epsilon_together"] < 6.0
     assert len(read_spendings(ledger)) == 2
+
+
+@pytest.mark.parametrize("in_rounds", [False, True])
+def test_rounds_of_a_federation_and_own_trainings_spend_of_one_budget(
+    tmp_path: Path,
+    trained: Path,
+    tokens: Path,
+    tiny_base: Path,
+    nobody: Path,
+    tiny_config: Config,
+    monkeypatch: pytest.MonkeyPatch,
+    in_rounds: bool,
+) -> None:
+    own, rounds = ledgers(tmp_path)
+    spent = own if in_rounds else rounds
+    spent.parent.mkdir(parents=True)
+    spent.write_bytes((trained / "reports/privacy.json").read_bytes())
+    monkeypatch.setenv("RATCHET_ROOT", str(tmp_path / NODE if in_rounds else tmp_path))
+    reports = tmp_path / NODE / "trainings/run-1" if in_rounds else tmp_path / "workspace/reports/train"
+    with pytest.raises(DataError, match="1 trainings have spent ε = 2"):
+        train(tokens, tiny_base, nobody, tmp_path / "candidate", reports, private(tiny_config))
 
 
 def test_users_are_protected_whole(
