@@ -51,6 +51,7 @@ class Crafted:
     def __init__(self, rows: Mapping[str, int] = ROWS) -> None:
         self.rows = dict(rows)
         self.asked: list[str] = []
+        self.forgotten: list[str] = []
         self.instead: dict[str, Callable[[bytes], bytes | str]] = {}
 
     def nodes(self) -> dict[str, str]:
@@ -59,6 +60,9 @@ class Crafted:
     def ask(self, requests: Mapping[str, bytes], seconds: float, name: str) -> dict[str, bytes | str]:
         self.asked.append(name)
         return {number: self.answer(self.nodes()[number], request) for number, request in requests.items()}
+
+    def forget(self, name: str) -> None:
+        self.forgotten.append(name)
 
     def answer(self, name: str, request: bytes) -> bytes | str:
         return self.instead.get(name, lambda data: self.trained(name, data))(request)
@@ -205,6 +209,9 @@ def test_too_few_nodes_end_the_run_and_leave_no_round(tmp_path):
         run_rounds(link, tmp_path, Aggregate(adapter(1), {}), plan(rounds=1), quiet)
     assert "the champion stays" in told.value.remedy
     assert not (tmp_path / "round-1/round.json").exists()
+    link.instead = {}
+    run_rounds(link, tmp_path, Aggregate(adapter(1), {}), plan(rounds=1), quiet)
+    assert link.forgotten == ["run-1-"] and link.asked == ["run-1-train"] * 2
 
 
 class Killed(BaseException):
