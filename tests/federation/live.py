@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from patience import scaled
 
 from ratchet.config.params import Config
 from ratchet.demo.checkout import free_port
-from ratchet.federation.link.flower import FOLDER
+from ratchet.federation.link.flower import FOLDER, read_names
 from ratchet.federation.rounds import Plan
 from ratchet.files import read_json, write_json, write_text
 
@@ -50,6 +51,13 @@ class Live:
     def up(self) -> Done:
         return _done(ratchet("-C", self.root, "federate", "up"))
 
+    def command(self, side: str) -> list[str]:
+        """What `up` and `join` start, for starting it by hand."""
+        return [sys.executable, "-m", "ratchet.federation.link.party", side]
+
+    def environment(self) -> dict[str, str]:
+        return os.environ | {"RATCHET_ROOT": str(self.root)}
+
     def invite(self, home: Path) -> Path:
         invitation = self.root / f"{home.name}.invitation"
         _done(ratchet("-C", self.root, "federate", "invite", home.name, "--out", invitation))
@@ -61,7 +69,7 @@ class Live:
 
     def connected(self) -> set[str]:
         """The names of the nodes that the relay sees."""
-        names, path = read_json(self.root / FOLDER / "nodes.json"), self.root / FOLDER / "exchange/nodes.json"
+        names, path = read_names(self.root / FOLDER), self.root / FOLDER / "exchange/nodes.json"
         return {names[number] for number in (read_json(path) if path.exists() else []) if number in names}
 
     def start_run(self, folder: Path, start: Path, plan: Plan) -> subprocess.Popen[str]:

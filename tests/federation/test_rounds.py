@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -268,6 +269,7 @@ class Secure(Crafted):
         super().__init__(rows)
         self.folder = folder
         self.received: list[bytes] = []
+        self.said: list[tuple[str, bytes, bytes | str]] = []  # node, request, reply
         self.words: dict[str, np.ndarray[Any, Any]] = {}
         self.away: dict[str, str] = {}  # node → the step from which on it is away
 
@@ -279,6 +281,7 @@ class Secure(Crafted):
             if self.away.get(who) == step or f"{who}!" in self.away:
                 self.away[f"{who}!"] = step
                 found[number] = "no reply within 120 s"
+            self.said.append((who, requests[number], found[number]))
         self.received += [reply for reply in found.values() if isinstance(reply, bytes)]
         return found
 
@@ -374,6 +377,30 @@ def test_a_node_gives_its_keys_once_and_shares_for_one_split(tmp_path):
     ):
         reply = messages.read_reply(node.handle(root, write_message(asked))).header
         assert isinstance(reply, messages.Refused) and told in reply.reason
+
+
+def test_a_replayed_step_of_a_sum_tells_nothing_new(tmp_path):
+    """An old request gets the old reply; without it the keys and the update stay with the node."""
+    link = Secure(tmp_path / "nodes", ROWS)
+    run_rounds(link, tmp_path / "secure", Aggregate(adapter(1), {}), plan(rounds=1, **SECURE), quiet)
+    root = tmp_path / "nodes/a"
+    steps = [(asked, reply) for who, asked, reply in link.said if who == "a"][1:]
+    assert [type(read_request(asked).header).__name__ for asked, _ in steps] == [
+        "Keys",
+        "Deal",
+        "Mask",
+        "Reveal",
+    ]
+    assert all(node.handle(root, asked) == reply for asked, reply in steps)
+    shutil.rmtree(root / NODE / "replies")  # as after a week
+    for asked, _ in steps[:3]:
+        assert isinstance(messages.read_reply(node.handle(root, asked)).header, messages.Refused)
+    asked, reply = steps[3]
+    assert node.handle(root, asked) == reply  # the shares of the same split, and no others
+    shutil.rmtree(root / NODE / "replies")
+    shutil.rmtree(root / NODE / "work")  # as after another run began
+    for asked, _ in steps:
+        assert isinstance(messages.read_reply(node.handle(root, asked)).header, messages.Refused)
 
 
 # --- the global adapter ---

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
 import pytest
 from live import Live, find, kill, party, wait_until
 from parties import Direct, make_node
@@ -25,6 +24,7 @@ from ratchet.config.federation import FederateConfig
 from ratchet.config.params import Config
 from ratchet.config.training import BaseConfig
 from ratchet.federation.aggregation import Aggregate
+from ratchet.federation.link.flower import FOLDER, FlowerLink
 from ratchet.federation.node import handle, identity
 from ratchet.federation.rounds import STATE, Plan, run_rounds
 from ratchet.files import read_json
@@ -200,4 +200,8 @@ def test_whatever_is_killed_the_rounds_end_in_the_same_bytes(place: Place, calm:
             assert time.monotonic() - began < scaled(900), attempt.process.args
         print(f"{kind}: {', '.join(struck)}; {time.monotonic() - began:.0f} s")
         assert last(place.live.root / name) == calm[kind], struck
+        exchange = place.live.root / FOLDER / "exchange"
+        assert len(list(exchange.glob(f"ask-{name}-*"))) == ROUNDS * (1 if kind == "plain" else 5)
+        FlowerLink(place.live.root).forget(f"{name}-")
+        assert not list(exchange.glob("ask-*"))
         number += 1

@@ -9,7 +9,7 @@ folder of the exchange is named by RATCHET_EXCHANGE:
     ask-N/NODE.reply        bytes of its reply, or NODE.error with a reason
     ask-N/done              when there is nothing more to come
     alive                   touched while the app runs
-    lock                    held by the app: a SuperLink that was killed may start one of before beside the new
+    lock                    held by the app: a SuperLink that was killed may start an older one beside it
 
 Flower gives a message to a node once. When node or SuperLink is killed, message or reply may be lost, and
 nobody tells. A node takes messages one by one, so an answer to a later one, the probe, tells that the request
