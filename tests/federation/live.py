@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import psutil
 from command import Done, ratchet
-from patience import scaled
+from patience import patience, scaled
 
 from ratchet.config.params import Config
 from ratchet.demo.checkout import free_port
@@ -30,11 +30,12 @@ from safetensors.torch import load_file
 from ratchet.config.federation import FederateConfig
 from ratchet.federation.aggregation import Aggregate
 from ratchet.federation.link.flower import FlowerLink
-from ratchet.federation.rounds import Plan, run_rounds
+from ratchet.federation import rounds
 asked = json.loads(Path(sys.argv[1]).read_text())
-plan = Plan(**asked["plan"] | {"settings": FederateConfig(**asked["plan"]["settings"])})
+rounds.STEP_SECONDS *= asked["patience"]
+plan = rounds.Plan(**asked["plan"] | {"settings": FederateConfig(**asked["plan"]["settings"])})
 start = Aggregate(load_file(asked["start"]), {})
-run_rounds(FlowerLink(Path(asked["root"])), Path(asked["folder"]), start, plan, print)
+rounds.run_rounds(FlowerLink(Path(asked["root"])), Path(asked["folder"]), start, plan, print)
 """
 
 
@@ -76,9 +77,8 @@ class Live:
         """Begin the rounds, or go on with them, in a process of its own."""
         described = msgspec.to_builtins(plan._asdict() | {"settings": plan.settings.model_dump(mode="json")})
         asked = folder.with_suffix(".json")
-        write_json(
-            asked, {"root": str(self.root), "folder": str(folder), "start": str(start), "plan": described}
-        )
+        paths = {"root": str(self.root), "folder": str(folder), "start": str(start)}
+        write_json(asked, {**paths, "plan": described, "patience": patience()})
         with folder.with_suffix(".log").open("a") as log:
             return subprocess.Popen(
                 [sys.executable, "-c", RUN, str(asked)], text=True, stdout=log, stderr=subprocess.STDOUT

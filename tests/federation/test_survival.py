@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import os
 import random
+import runpy
 import subprocess
+import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +32,8 @@ from ratchet.federation.node import handle, identity
 from ratchet.federation.rounds import STATE, Plan, run_rounds
 from ratchet.files import read_json
 from ratchet.models.adapters import load_trainable, save_trained
+from ratchet.services.specs import FEDERATION
+from ratchet.services.supervisor import is_running
 from tasks.base import make_base
 from tasks.federate import SECTIONS
 
@@ -44,10 +49,28 @@ KINDS = ("run", "link", "SuperLink", "coordinator's service", "node", "SuperNode
 
 
 class Calm(Direct):
-    """The same nodes without a network, in this process."""
+    """The same nodes without a network, and with the stages in this process, which has torch already."""
 
     def call(self, root: Path, request: bytes) -> bytes | str:
-        return handle(root, request)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(subprocess, "run", run_here)
+            return handle(root, request)
+
+
+def run_here(
+    command: list[str], cwd: Path, env: dict[str, str], **_: Any
+) -> subprocess.CompletedProcess[bytes]:
+    """Run `python -m MODULE` here."""
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # runpy's, of a module that was imported before
+        patch.setattr(sys, "argv", command[2:])
+        patch.chdir(cwd)
+        patch.setenv("RATCHET_ROOT", env["RATCHET_ROOT"])
+        try:
+            runpy.run_module(command[2], run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            return subprocess.CompletedProcess(command, int(end.code or 0))
+        return subprocess.CompletedProcess(command, 0)
 
 
 class Place(NamedTuple):
@@ -121,11 +144,12 @@ class Attempt:
         return self.live.start_run(self._folder, self._start, self._plan)
 
     def goes_on(self) -> bool:
-        """Whether the rounds go on; a run that ended because its link was gone is started again."""
+        """Whether the rounds go on; a run that was killed, or that says so, is started again."""
         if self.process.poll() in (None, 0):
             return self.process.returncode is None
         said = self._folder.with_suffix(".log").read_text()
-        assert self.process.returncode == -9 or "link to its nodes does not run" in said, said
+        again = "link to its nodes does not run", "start the training again"
+        assert self.process.returncode == -9 or any(words in said for words in again), said
         self.process = self._go()
         return True
 
@@ -144,23 +168,24 @@ class Attempt:
                 kill(party(self.live.root))
                 self.live.up()
             case "SuperLink":
-                service = party(self.live.root)
-                kill(found) if (found := find(self.live.root, "flower-superlink")) else None
-                wait_until(lambda: not service.is_running(), 30, "the link outlives its SuperLink")
+                self._kill_part(self.live.root, "flower-superlink")
                 self.live.up()
             case "node":
                 service = party(home)
                 kill(service, *service.children(recursive=True))
                 self.live.join(home)
             case "SuperNode":
-                service = party(home)
-                time.sleep(2)
-                kill(found) if (found := find(home, "flower-supernode")) else None
-                wait_until(lambda: not service.is_running(), 30, "the link outlives its SuperNode")
+                self._kill_part(home, "flower-supernode")
                 self.live.join(home)
             case _:
                 return self._kill_training()
         return True
+
+    def _kill_part(self, home: Path, words: str) -> None:
+        """Kill one process below a link, which then ends."""
+        wait_until(lambda: find(home, words), 30, f"there is no {words}")
+        kill(*filter(None, [find(home, words)]))
+        wait_until(lambda: not is_running(home, FEDERATION), 30, f"the link outlives its {words}")
 
     def _kill_training(self) -> bool:
         """Kill a node's command, the training that it started, or both, once there is a training."""
@@ -197,6 +222,7 @@ def test_whatever_is_killed_the_rounds_end_in_the_same_bytes(place: Place, calm:
                 at = time.monotonic() - began
                 if attempt.strike(left[0]):
                     struck.append(f"{left.pop(0)} at {at:.0f} s")
+                    print(f"killed: {struck[-1]}", flush=True)
             assert time.monotonic() - began < scaled(900), attempt.process.args
         print(f"{kind}: {', '.join(struck)}; {time.monotonic() - began:.0f} s")
         assert last(place.live.root / name) == calm[kind], struck

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -49,11 +51,13 @@ def connect(address: str, token: str | None = None) -> RuntimeHttpClient:
 
 
 def serve(address: str) -> None:
+    """Answer each message in a thread: Flower waits over an hour for one that it dropped itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Flower sends it to this process when a task is gone
     client = connect(address)
     while True:
         found = client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
         if found.HasField("task") and found.token:
-            answer(address, found.token)
+            threading.Thread(target=answer, args=[address, found.token], daemon=True).start()
         time.sleep(POLL)
 
 

@@ -7,6 +7,7 @@ is killed they go on: `end_left` ends them.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import signal
 import socket
@@ -96,7 +97,21 @@ def end_left(root: Path) -> bool:
                 end_family(process, 5.0)
                 ended = True
         note.unlink(missing_ok=True)
-    return ended
+    return _end_relay(root / flower.FOLDER) or ended
+
+
+def _end_relay(folder: Path) -> bool:
+    """End a relay that outlived its SuperLink; as long as it holds the lock, the id in there is its own."""
+    path = folder / "exchange/lock"
+    if not path.exists():
+        return False
+    with path.open("r+") as lock, contextlib.suppress(psutil.Error, ValueError):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            end_family(psutil.Process(int(lock.read())), 5.0)
+            return True
+    return False
 
 
 @contextlib.contextmanager
@@ -107,6 +122,7 @@ def _children(folder: Path) -> Iterator[Children]:
     finally:
         ready.unlink(missing_ok=True)
         children.end()
+        _end_relay(folder)
 
 
 def run_coordinator(root: Path, config: Config) -> None:

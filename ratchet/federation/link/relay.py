@@ -9,7 +9,8 @@ folder of the exchange is named by RATCHET_EXCHANGE:
     ask-N/NODE.reply        bytes of its reply, or NODE.error with a reason
     ask-N/done              when there is nothing more to come
     alive                   touched while the app runs
-    lock                    held by the app: a SuperLink that was killed may start an older one beside it
+    lock                    held by the app, with its process id: an older one may go on when a SuperLink is
+                            killed
 
 Flower gives a message to a node once. When node or SuperLink is killed, message or reply may be lost, and
 nobody tells. A node takes messages one by one, so an answer to a later one, the probe, tells that the request
@@ -44,8 +45,11 @@ FAILED = 1  # the code of an error of the node's command; other codes are Flower
 @app.main()  # type: ignore[untyped-decorator]
 def main(grid: Grid, context: Context) -> None:
     exchange = Path(os.environ["RATCHET_EXCHANGE"])
-    with (exchange / "lock").open("w") as lock:
+    with (exchange / "lock").open("a+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
         threading.Thread(target=touch, args=[exchange / "alive"], daemon=True).start()
         nodes = Nodes(grid, exchange / "nodes.json")
         while True:
