@@ -182,10 +182,10 @@ class Attempt:
         return True
 
     def _kill_part(self, home: Path, words: str) -> None:
-        """Kill one process below a link, which then ends."""
+        """Kill one process below a link, which then ends; in its first minutes a node's starts another."""
         wait_until(lambda: find(home, words), 30, f"there is no {words}")
         kill(*filter(None, [find(home, words)]))
-        wait_until(lambda: not is_running(home, FEDERATION), 30, f"the link outlives its {words}")
+        wait_until(lambda: not is_running(home, FEDERATION) or find(home, words), 60, "the link only waits")
 
     def _kill_training(self) -> bool:
         """Kill a node's command, the training that it started, or both, once there is a training."""

@@ -52,7 +52,7 @@ def connect(address: str, token: str | None = None) -> RuntimeHttpClient:
 
 def serve(address: str) -> None:
     """Answer each message in a thread: Flower waits over an hour for one that it dropped itself."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Flower sends it to this process when a task is gone
+    signal.signal(signal.SIGINT, lambda *_: None)  # Flower sends it to this process when a task is gone
     client = connect(address)
     while True:
         found = client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
