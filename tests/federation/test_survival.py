@@ -176,13 +176,12 @@ class Attempt:
                 self.live.join(home)
             case "SuperNode":
                 self._kill_part(home, "flower-supernode")
-                self.live.join(home)
             case _:
                 return self._kill_training()
         return True
 
     def _kill_part(self, home: Path, words: str) -> None:
-        """Kill one process below a link, which then ends; in its first minutes a node's starts another."""
+        """Kill one process below a link: the coordinator's ends then, a node's starts another."""
         wait_until(lambda: find(home, words), 30, f"there is no {words}")
         kill(*filter(None, [find(home, words)]))
         wait_until(lambda: not is_running(home, FEDERATION) or find(home, words), 60, "the link only waits")

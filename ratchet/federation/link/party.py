@@ -1,7 +1,7 @@
 """Run one side of a federation until SIGTERM: `python -m ratchet.federation.link.party coordinator|node`.
 
-It starts Flower's processes, and ends when one of them ends, so that the service is seen to be down. When it
-is killed they go on: `end_left` ends them.
+It starts Flower's processes, and ends when one of them ends, so that the service is seen to be down; a
+SuperNode is started again first. When it is killed they go on: `end_left` ends them.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from ratchet.services.specs import FEDERATION
 
 READY = "ready.json"  # in the side's folder, while its processes run and answer
 CHILDREN = "children.json"  # the processes, and when they were created
-START_SECONDS = 90.0
+START_SECONDS = 180.0
 # A node that was killed counts as connected for a minute, in which the SuperLink refuses it. It tries longer.
-REFUSED_SECONDS, TRY_SECONDS = 90.0, 10.0
+TRIES, TRY_SECONDS = 9, 10.0
 NODE_KEY, NODE_AUTHORITY = "key", "authority.pem"
 
 
@@ -53,8 +53,9 @@ class Children:
             pids = [process.pid for process in self._running.values()]
             write_json(self._note, [[pid, psutil.Process(pid).create_time()] for pid in pids])
 
-    def has_ended(self, name: str) -> bool:
-        return self._running[name].poll() is not None
+    def code(self, name: str) -> int | None:
+        """Return the code with which it ended, below 0 when it was killed; None while it runs."""
+        return self._running[name].poll()
 
     def check(self) -> None:
         """Raise ServiceError when one of them has ended."""
@@ -205,11 +206,14 @@ def run_node(root: Path) -> None:
         command = [flower.flower("python"), str(LINK / "node_app.py"), f"{HOST}:{port}"]
         children.start("the node's loop", command, environment, root)
         say(f"node {settings.name}: connects to {settings.url}")
-        tries_until = time.monotonic() + REFUSED_SECONDS
+        refused = 0
         while True:
-            if children.has_ended("the SuperNode") and time.monotonic() < tries_until:
-                time.sleep(TRY_SECONDS)
-                children.start("the SuperNode", supernode, environment, home)
+            if (code := children.code("the SuperNode")) is not None:
+                refused = refused + 1 if code >= 0 else 0
+                if refused < TRIES:
+                    say(f"the SuperNode ended with code {code}: it starts again in {TRY_SECONDS:.0f} s")
+                    time.sleep(TRY_SECONDS)
+                    children.start("the SuperNode", supernode, environment, home)
             children.check()
             if not ready.exists() and _answers(HOST, port):
                 write_json(ready, {"port": port})
