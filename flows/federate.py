@@ -14,6 +14,7 @@ from prefect import flow
 from flows.retrain import Retrained, bring_up_to_date, retraining, train_with_nodes
 from ratchet.config.params import Config, load_config
 from ratchet.errors import UserError
+from ratchet.pipeline.checkout import locked
 from ratchet.pipeline.stage import project_root
 from ratchet.promotion.lineage import taught_by
 from ratchet.tracking.registry import list_versions
@@ -23,12 +24,12 @@ from ratchet.tracking.registry import list_versions
 def federate(root: str | None = None, reason: str = "by hand") -> Retrained:
     """Run the rounds, then promote the candidate, start its rollout, or keep the champion.
 
-    Raises UserError: too few nodes take part; ServiceError: the link to the nodes does not run; and the
-    errors of `retrain`.
+    Raises CheckoutError: another run goes on; UserError: too few nodes take part; ServiceError: the link to
+    the nodes does not run; and the errors of `retrain`.
     """
     home = project_root(root)
     config = load_config(home / "params.yaml")
-    with retraining(home, config) as workspace:
+    with locked(home, "federate", wait=False), retraining(home, config) as workspace:
         return train_with_nodes(workspace, config, reason, bring_up_to_date(workspace, force=True))
 
 

@@ -24,7 +24,7 @@ from ratchet.errors import BaseModelError, ConfigError
 from ratchet.evaluation.node_scores import FILE as SCORES
 from ratchet.evaluation.node_scores import Scores
 from ratchet.federation.aggregation import Aggregate, fold
-from ratchet.federation.link.flower import FOLDER
+from ratchet.federation.link.flower import FOLDER, FlowerLink
 from ratchet.federation.messages import Score
 from ratchet.federation.node import identity, write_adapter
 from ratchet.federation.records import ROUNDS, Round, read_forgotten_nodes
@@ -234,14 +234,17 @@ def _run_id(root: Path, inputs: dict[str, str], say: Say) -> str:
         if kept["inputs"] == inputs:
             say(f"federate: goes on with the interrupted run {kept['run']}")
             return str(kept["run"])
-        shutil.rmtree(root / RUN)
+        forget_run(root)
     run = secrets.token_hex(6)
     write_json(note, {"run": run, "inputs": inputs})
     return run
 
 
 def forget_run(root: Path) -> None:
-    """Remove the state of a run whose candidate has landed."""
+    """Remove the state of a run whose candidate has landed, and what was sent in it."""
+    note = root / RUN / "run.json"
+    if note.exists():
+        FlowerLink(root).forget(f"{read_json(note)['run']}-")
     shutil.rmtree(root / RUN, ignore_errors=True)
 
 

@@ -35,11 +35,13 @@ def up() -> None:
 @app.command("down")
 def down() -> None:
     """Stop the link, of a coordinator or of a node. Example: ratchet federate down"""
+    from ratchet.federation.link.party import end_left
     from ratchet.services.specs import FEDERATION
     from ratchet.services.supervisor import stop_service
 
-    stopped = stop_service(find_root().resolve(), FEDERATION)
-    say("stopped" if stopped else "it does not run")
+    root = find_root().resolve()
+    stopped = stop_service(root, FEDERATION)
+    say("stopped" if end_left(root) or stopped else "it does not run")
 
 
 @app.command("invite")
@@ -206,9 +208,12 @@ def status(as_json: Json = False) -> None:
 
 def _start(root: Path, side: str, settings: str, ready: Path, config: Config) -> None:
     from ratchet.federation.link.flower import flower
-    from ratchet.services.specs import plan_federation
-    from ratchet.services.supervisor import start_service
+    from ratchet.federation.link.party import end_left
+    from ratchet.services.specs import FEDERATION, plan_federation
+    from ratchet.services.supervisor import is_running, start_service
 
     flower("flower-superlink")  # said before anything starts
+    if not is_running(root, FEDERATION):
+        end_left(root)
     plan = plan_federation(root.resolve(), side, settings, config)
     start_service(root, plan, ready.exists, config.services.start_timeout, note)

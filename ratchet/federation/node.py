@@ -6,18 +6,22 @@ holds weights, counts and sums. What went wrong in a stage is told in the node's
 may quote rows; the coordinator learns which stage it was.
 
 A request that was answered before gets the same reply again, so a coordinator that was killed may ask anew.
+One request is answered at a time. A node that was killed in a training goes on from its checkpoint.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
+import fcntl
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -85,8 +89,28 @@ def identity(base: Path) -> dict[str, Any]:
 
 
 def handle(root: Path, data: bytes) -> bytes:
-    """Return the reply to a request. What fails becomes a reply as well: Refused."""
-    folder = root / NODE
+    """Return the reply to a request. What fails becomes a reply as well: Refused.
+
+    Raises ChildProcessError: a stage was killed, so the request is to be answered again.
+    """
+    with _alone(root / NODE):
+        return _answer(root, root / NODE, data)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait for the request that is being answered.
+
+    Its stages hold the lock as well: a training outlives the command that was killed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.set_inheritable(lock.fileno(), True)
+        yield
+
+
+def _answer(root: Path, folder: Path, data: bytes) -> bytes:
     kept = folder / "replies" / f"{hashlib.sha256(data).hexdigest()}.safetensors"
     if kept.exists():
         return kept.read_bytes()
@@ -119,9 +143,12 @@ class Work(NamedTuple):
 def _train(root: Path, folder: Path, message: Message) -> bytes:
     asked: messages.Train = message.header
     _check_limits(root)
+    run = folder / "work" / f"{asked.run}-{asked.round}"
+    known = any((done.run, done.round) == (asked.run, asked.round) for done in read_rounds(root))
+    if known and not run.exists():
+        raise Refusal(f"this node took part in round {asked.round} of {asked.run} before")
     _clean(folder, asked.run)
     work = prepare(root, folder, asked.params, asked.base)
-    run = folder / "work" / f"{asked.run}-{asked.round}"
     write_start(
         run / "start", message.tensors, asked.adapter_config, asked.scale, asked.params["adapter"], asked.base
     )
@@ -155,8 +182,9 @@ def _train(root: Path, folder: Path, message: Message) -> bytes:
         promise.epsilon_together if promise else None,
         read_json(work.tokens / "profile.json")["batches"],
     )
-    with (folder / TOOK_PART).open("ab") as out:
-        out.write(msgspec.json.encode(done) + b"\n")
+    if not known:
+        with (folder / TOOK_PART).open("ab") as out:
+            out.write(msgspec.json.encode(done) + b"\n")
     header = messages.Trained(
         rows=0 if asked.masked else rows,  # the sum tells the rows of all
         steps=done.steps,
@@ -301,8 +329,14 @@ def _stage(root: Path, stage: str, paths: Mapping[str, Path], environment: Mappi
         if not name.startswith(("MLFLOW_", "PREFECT_"))
     }
     done = subprocess.run(
-        [sys.executable, "-m", f"tasks.{stage}", *flags], cwd=root, env={**ours, **environment}, check=False
+        [sys.executable, "-m", f"tasks.{stage}", *flags],
+        cwd=root,
+        env={**ours, **environment},
+        close_fds=False,  # for the lock
+        check=False,
     )
+    if done.returncode < 0:
+        raise ChildProcessError(f"the stage {stage} was killed by signal {-done.returncode}")
     if done.returncode:
         raise Refusal(f"the stage {stage} ended with code {done.returncode}; this node's log says why")
 

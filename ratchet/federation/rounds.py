@@ -30,6 +30,7 @@ from ratchet.federation.strategies import make_strategy
 from ratchet.files import read_json, write_bytes, write_json
 
 STATE = "global.safetensors"
+NODES = "nodes.json"  # those that are asked in a round
 SERVER = "strategy.safetensors"  # what a strategy keeps from round to round
 STEP_SECONDS = 120.0  # that a node has for a step without training
 WAIT_SECONDS = 1.0  # between two looks for nodes that are away
@@ -48,6 +49,9 @@ class Link(Protocol):
 
         `name` is the same when a coordinator asks again after it was killed.
         """
+
+    def forget(self, name: str) -> None:
+        """Forget what was asked under names that begin like this."""
 
 
 class Plan(NamedTuple):
@@ -86,7 +90,13 @@ def run_rounds(
             current = read_state(home / STATE)
             say(f"round {number} of {plan.settings.rounds}: done before")
         else:
-            current, record = _run_round(link, folder, current, plan, number, say)
+            try:
+                current, record = _run_round(link, folder, current, plan, number, say)
+            except UserError:
+                # Started again, the round asks again; a node that answered repeats itself.
+                link.forget(f"{plan.run}-{number}-")
+                (home / NODES).unlink(missing_ok=True)
+                raise
         records.append(record)
     return current, records
 
@@ -150,7 +160,7 @@ def _run_round(
 
 def _wait_for_nodes(link: Link, home: Path, settings: FederateConfig, say: Say) -> dict[str, str]:
     """Return the nodes of the round: those that were asked before it was interrupted, or that are here."""
-    note, until, told = home / "nodes.json", time.monotonic() + settings.round_minutes * 60, False
+    note, until, told = home / NODES, time.monotonic() + settings.round_minutes * 60, False
     if note.exists():
         found: dict[str, str] = read_json(note)
         return found

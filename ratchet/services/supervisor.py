@@ -25,15 +25,12 @@ from ratchet.errors import RatchetError, ServiceError, UserError
 from ratchet.files import write_bytes
 from ratchet.pipeline.checkout import locked
 from ratchet.services.environment import HEALTH, HOST, fetch_body
-from ratchet.services.processes import end_family, require_free_port
+from ratchet.services.processes import end_family, find_process, require_free_port
 from ratchet.services.specs import GRACE_SECONDS, Plan, plan_services
 
 if TYPE_CHECKING:
     from ratchet.config.params import Config
 NAMES = ("mlflow", "prefect", "deployments", "gateway")
-# Processes with the same id are created more than 2 s apart. If the clock is corrected by more than this
-# while a service runs, the service is not recognised.
-SAME_START_SECONDS = 2.0
 LAST_LINES = 15  # of a log, quoted in a message
 
 Report = Callable[[str], None]
@@ -293,13 +290,7 @@ def _read_record(root: Path, name: str) -> Record | None:
 
 
 def _find_process(record: Record) -> psutil.Process | None:
-    """Find the recorded process; None when it ended, even if another process has its id now."""
-    try:
-        process = psutil.Process(record.pid)
-        same = abs(process.create_time() - record.created) < SAME_START_SECONDS
-        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
-    except psutil.Error:
-        return None
+    return find_process(record.pid, record.created)
 
 
 def _answers(record: Record) -> bool:

@@ -75,6 +75,9 @@ class Direct:
             self.replies.append((who, name, found[node]))
         return found
 
+    def forget(self, name: str) -> None:
+        """Nothing is kept here."""
+
     def call(self, root: Path, request: bytes) -> bytes | str:
         asked, reply = root / NODE / "request", root / NODE / "reply"
         asked.write_bytes(request)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import stat
 from pathlib import Path
 
@@ -9,7 +10,10 @@ import pytest
 from cryptography import x509
 
 from ratchet.errors import UserError
+from ratchet.federation.link import certificates
 from ratchet.federation.link.certificates import AUTHORITY, CERTIFICATE, KEY, make_certificates, node_key
+
+DAY = dt.timedelta(days=1)
 
 
 def names_of(folder: Path) -> list[str]:
@@ -32,6 +36,17 @@ def test_a_certificate_is_made_once_and_again_for_another_name(tmp_path):
     assert (folder / AUTHORITY).read_bytes() == authority  # nodes trust it, and notice nothing
     found = x509.load_pem_x509_certificate((folder / CERTIFICATE).read_bytes())
     found.verify_directly_issued_by(x509.load_pem_x509_certificate(authority))
+
+
+def test_a_certificate_that_ends_soon_is_made_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(certificates, "DAYS", 29)
+    assert make_certificates(tmp_path, ["127.0.0.1"])
+    old = (tmp_path / CERTIFICATE).read_bytes()
+    monkeypatch.undo()
+    assert make_certificates(tmp_path, ["127.0.0.1"])
+    new = x509.load_pem_x509_certificate((tmp_path / CERTIFICATE).read_bytes())
+    assert new.not_valid_after_utc - x509.load_pem_x509_certificate(old).not_valid_after_utc > 700 * DAY
+    assert not make_certificates(tmp_path, ["127.0.0.1"])
 
 
 def test_keys_are_their_owners(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import os
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
+import psutil
 import pytest
 import torch
 from parties import Direct, join, make_node
@@ -189,6 +191,57 @@ def test_a_node_killed_in_a_training_ends_in_the_same_bytes(world: World):
     before = len(read_rounds(root))
     assert handle(root, request(world, "killed")) == again  # asked a third time, it only repeats itself
     assert len(read_rounds(root)) == before
+
+
+def test_an_old_request_is_answered_from_memory_or_refused(world: World):
+    root = world.link.roots["north"]
+    old = world.link.call(root, request(world, "old"))
+    new = world.link.call(root, request(world, "new"))
+    kept, took_part = sorted((root / NODE / "replies").iterdir()), read_rounds(root)
+    assert handle(root, request(world, "old")) == old
+    (reply,) = (path for path in kept if path.read_bytes() == old)
+    reply.unlink()  # as after a week
+    assert "took part in round 1 of old before" in reason(world, root, request(world, "old"))
+    assert (root / NODE / "work/new-1").exists()  # another run's files are left alone
+    assert handle(root, request(world, "new")) == new and read_rounds(root) == took_part
+
+
+def test_a_node_trains_once_when_it_is_asked_twice(world: World, tmp_path: Path):
+    """The command is killed, and the training that it started goes on: the next command waits for it."""
+    root, asked = world.link.roots["north"], tmp_path / "request"
+    asked.write_bytes(request(world, "twice"))
+    commands, trainings = [], []
+    for number in range(3):
+        command = [sys.executable, "-m", "ratchet.federation.node", str(asked), str(tmp_path / f"{number}")]
+        commands.append(psutil.Popen(command, cwd=root))
+        if number == 0:
+            trainings = wait_for_training(commands[0])
+            commands[0].kill()
+    while trainings[0].is_running() and trainings[0].status() != psutil.STATUS_ZOMBIE:
+        assert not any("tasks.train" in " ".join(line) for line in lines_below(commands[1:]))
+        time.sleep(0.05)
+    assert [command.wait(scaled(120)) for command in commands] == [-signal.SIGKILL, 0, 0]
+    assert not (tmp_path / "0").exists()
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
+    assert [done.run for done in read_rounds(root)].count("twice") == 1
+
+
+def wait_for_training(command: psutil.Popen) -> list[psutil.Process]:
+    until = time.monotonic() + scaled(120)
+    while time.monotonic() < until and command.poll() is None:
+        for child in command.children():
+            with contextlib.suppress(psutil.Error):
+                if "tasks.train" in child.cmdline():
+                    return [child]
+        time.sleep(0.05)
+    raise AssertionError("no training began")
+
+
+def lines_below(commands: list[psutil.Popen]) -> Iterator[list[str]]:
+    for command in commands:
+        with contextlib.suppress(psutil.Error):
+            for child in command.children(recursive=True):
+                yield child.cmdline()
 
 
 def reason(world: World, root: Path, data: bytes) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ class Crafted:
     def __init__(self, rows: Mapping[str, int] = ROWS) -> None:
         self.rows = dict(rows)
         self.asked: list[str] = []
+        self.forgotten: list[str] = []
         self.instead: dict[str, Callable[[bytes], bytes | str]] = {}
 
     def nodes(self) -> dict[str, str]:
@@ -61,6 +63,9 @@ class Crafted:
     def ask(self, requests: Mapping[str, bytes], seconds: float, name: str) -> dict[str, bytes | str]:
         self.asked.append(name)
         return {number: self.answer(self.nodes()[number], request) for number, request in requests.items()}
+
+    def forget(self, name: str) -> None:
+        self.forgotten.append(name)
 
     def answer(self, name: str, request: bytes) -> bytes | str:
         return self.instead.get(name, lambda data: self.trained(name, data))(request)
@@ -207,6 +212,9 @@ def test_too_few_nodes_end_the_run_and_leave_no_round(tmp_path):
         run_rounds(link, tmp_path, Aggregate(adapter(1), {}), plan(rounds=1), quiet)
     assert "the champion stays" in told.value.remedy
     assert not (tmp_path / "round-1/round.json").exists()
+    link.instead = {}
+    run_rounds(link, tmp_path, Aggregate(adapter(1), {}), plan(rounds=1), quiet)
+    assert link.forgotten == ["run-1-"] and link.asked == ["run-1-train"] * 2
 
 
 class Killed(BaseException):
@@ -263,6 +271,7 @@ class Secure(Crafted):
         super().__init__(rows)
         self.folder = folder
         self.received: list[bytes] = []
+        self.said: list[tuple[str, bytes, bytes | str]] = []  # node, request, reply
         self.words: dict[str, np.ndarray[Any, Any]] = {}
         self.away: dict[str, str] = {}  # node → the step from which on it is away
 
@@ -274,6 +283,7 @@ class Secure(Crafted):
             if self.away.get(who) == step or f"{who}!" in self.away:
                 self.away[f"{who}!"] = step
                 found[number] = "no reply within 120 s"
+            self.said.append((who, requests[number], found[number]))
         self.received += [reply for reply in found.values() if isinstance(reply, bytes)]
         return found
 
@@ -420,6 +430,30 @@ def test_a_node_gives_its_keys_once_and_shares_for_one_split(tmp_path):
     ):
         reply = messages.read_reply(node.handle(root, write_message(asked))).header
         assert isinstance(reply, messages.Refused) and told in reply.reason
+
+
+def test_a_replayed_step_of_a_sum_tells_nothing_new(tmp_path):
+    """An old request gets the old reply; without it the keys and the update stay with the node."""
+    link = Secure(tmp_path / "nodes", ROWS)
+    run_rounds(link, tmp_path / "secure", Aggregate(adapter(1), {}), plan(rounds=1, **SECURE), quiet)
+    root = tmp_path / "nodes/a"
+    steps = [(asked, reply) for who, asked, reply in link.said if who == "a"][1:]
+    assert [type(read_request(asked).header).__name__ for asked, _ in steps] == [
+        "Keys",
+        "Deal",
+        "Mask",
+        "Reveal",
+    ]
+    assert all(node.handle(root, asked) == reply for asked, reply in steps)
+    shutil.rmtree(root / NODE / "replies")  # as after a week
+    for asked, _ in steps[:3]:
+        assert isinstance(messages.read_reply(node.handle(root, asked)).header, messages.Refused)
+    asked, reply = steps[3]
+    assert node.handle(root, asked) == reply  # the shares of the same split, and no others
+    shutil.rmtree(root / NODE / "replies")
+    shutil.rmtree(root / NODE / "work")  # as after another run began
+    for asked, _ in steps:
+        assert isinstance(messages.read_reply(node.handle(root, asked)).header, messages.Refused)
 
 
 # --- the global adapter ---

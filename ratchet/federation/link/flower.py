@@ -153,6 +153,13 @@ class FlowerLink:
             )
         return found
 
+    def forget(self, name: str) -> None:
+        for left in self._exchange.glob("old-*"):
+            shutil.rmtree(left)
+        for folder in self._exchange.glob(f"ask-{name}*"):
+            # Renamed first: the relay finds all of it or nothing.
+            shutil.rmtree(folder.rename(folder.with_name(f"old-{folder.name}")))
+
     def _check_alive(self) -> None:
         sign = self._exchange / "alive"
         if not sign.exists() or time.time() - sign.stat().st_mtime > ALIVE_SECONDS:

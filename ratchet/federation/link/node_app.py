@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -30,7 +32,9 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
 POLL = 0.5  # seconds between two questions for a message
-FAILED = 1
+FAILED = 1  # Flower's own errors have other codes, see relay.py
+PROBE = b"here?"  # sent back as it came; see relay.py
+TRIES = 3  # of a command that was killed: a training goes on from its checkpoint
 
 
 def connect(address: str, token: str | None = None) -> RuntimeHttpClient:
@@ -47,11 +51,13 @@ def connect(address: str, token: str | None = None) -> RuntimeHttpClient:
 
 
 def serve(address: str) -> None:
+    """Answer each message in a thread: Flower waits over an hour for one that it dropped itself."""
+    signal.signal(signal.SIGINT, lambda *_: None)  # Flower sends it to this process when a task is gone
     client = connect(address)
     while True:
         found = client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
         if found.HasField("task") and found.token:
-            answer(address, found.token)
+            threading.Thread(target=answer, args=[address, found.token], daemon=True).start()
         time.sleep(POLL)
 
 
@@ -78,14 +84,17 @@ def answer(address: str, token: str) -> None:
 
 def run(request: bytes) -> tuple[bytes | None, str]:
     """Return the reply of the node's command, or None and a reason without anything of its rows."""
+    if request == PROBE:
+        return PROBE, ""
     with tempfile.TemporaryDirectory(prefix="ratchet-node-") as scratch:
         asked, replied = Path(scratch) / "request", Path(scratch) / "reply"
         asked.write_bytes(request)
         command = [*json.loads(os.environ["RATCHET_NODE_COMMAND"]), str(asked), str(replied)]
-        done = subprocess.run(command, check=False)
-        if done.returncode or not replied.exists():
-            return None, f"the node's command ended with code {done.returncode}; its own log says why"
-        return replied.read_bytes(), ""
+        for _ in range(TRIES):
+            code = subprocess.run(command, check=False).returncode
+            if not code and replied.exists():
+                return replied.read_bytes(), ""
+        return None, f"the node's command ended {TRIES} times, with code {code}; its own log says why"
 
 
 if __name__ == "__main__":

@@ -1,18 +1,20 @@
 """Run one side of a federation until SIGTERM: `python -m ratchet.federation.link.party coordinator|node`.
 
-It starts Flower's processes, and ends when one of them ends, so that the service is seen to be down.
+It starts Flower's processes, and ends when one of them ends, so that the service is seen to be down; a
+SuperNode is started again first. When it is killed they go on: `end_left` ends them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import psutil
@@ -22,25 +24,38 @@ from ratchet.errors import RatchetError, ServiceError
 from ratchet.federation import records
 from ratchet.federation.link import flower
 from ratchet.federation.link.certificates import AUTHORITY, CERTIFICATE, KEY, make_certificates
-from ratchet.federation.link.flower import LINK, Control, flower_environment
-from ratchet.files import write_json
+from ratchet.federation.link.flower import ALIVE_SECONDS, LINK, Control, flower_environment
+from ratchet.files import read_json, write_json
+from ratchet.pipeline.checkout import locked
 from ratchet.pipeline.stage import project_root, say
 from ratchet.services.environment import HOST
-from ratchet.services.processes import end_family
+from ratchet.services.processes import end_family, find_process
+from ratchet.services.specs import FEDERATION
 
 READY = "ready.json"  # in the side's folder, while its processes run and answer
-START_SECONDS = 90.0
+CHILDREN = "children.json"  # the processes, and when they were created
+START_SECONDS = 180.0
+# A node that was killed counts as connected for a minute, in which the SuperLink refuses it. It tries longer.
+TRIES, TRY_SECONDS = 9, 10.0
 NODE_KEY, NODE_AUTHORITY = "key", "authority.pem"
 
 
 class Children:
     """The processes of one side, which end together."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
+        self._note = folder / CHILDREN
         self._running: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, name: str, command: list[str], environment: Mapping[str, str], folder: Path) -> None:
         self._running[name] = subprocess.Popen(command, env=environment, cwd=folder, stdin=subprocess.DEVNULL)
+        with contextlib.suppress(psutil.Error):  # one has ended already: `check` says so
+            pids = [process.pid for process in self._running.values()]
+            write_json(self._note, [[pid, psutil.Process(pid).create_time()] for pid in pids])
+
+    def code(self, name: str) -> int | None:
+        """Return the code with which it ended, below 0 when it was killed; None while it runs."""
+        return self._running[name].poll()
 
     def check(self) -> None:
         """Raise ServiceError when one of them has ended."""
@@ -48,16 +63,17 @@ class Children:
             if process.poll() is not None:
                 raise ServiceError(f"{name} ended with code {process.returncode}; the lines above say why")
 
-    def wait_for_port(self, host: str, port: int) -> None:
+    def wait(self, holds: Callable[[], bool], what: str) -> None:
+        """Wait until something holds. Raises ServiceError: `what` is not there in time, or one has ended."""
         until = time.monotonic() + START_SECONDS
-        while time.monotonic() < until:
+        while not holds():
             self.check()
-            with socket.socket() as probe:
-                probe.settimeout(1)
-                if probe.connect_ex((host, port)) == 0:
-                    return
+            if time.monotonic() > until:
+                raise ServiceError(f"{what} is not there after {START_SECONDS:.0f} s")
             time.sleep(0.2)
-        raise ServiceError(f"nothing answers on {host}:{port} after {START_SECONDS:.0f} s")
+
+    def wait_for_port(self, host: str, port: int) -> None:
+        self.wait(lambda: _answers(host, port), f"a listener on {host}:{port}")
 
     def end(self) -> None:
         for process in reversed(self._running.values()):
@@ -65,15 +81,49 @@ class Children:
                 end_family(psutil.Process(process.pid), 5.0)
 
 
+def _answers(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex((host, port)) == 0
+
+
+def end_left(root: Path) -> bool:
+    """End the processes of a side that was killed, and return whether there were any."""
+    ended = False
+    for folder in (root / flower.FOLDER, root / records.NODE):
+        (folder / READY).unlink(missing_ok=True)
+        note = folder / CHILDREN
+        for pid, created in read_json(note) if note.exists() else []:
+            if process := find_process(pid, created):
+                end_family(process, 5.0)
+                ended = True
+        note.unlink(missing_ok=True)
+    return _end_relay(root / flower.FOLDER) or ended
+
+
+def _end_relay(folder: Path) -> bool:
+    """End a relay that outlived its SuperLink; as long as it holds the lock, the id in there is its own."""
+    path = folder / "exchange/lock"
+    if not path.exists():
+        return False
+    with path.open("r+") as lock, contextlib.suppress(psutil.Error, ValueError):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            end_family(psutil.Process(int(lock.read())), 5.0)
+            return True
+    return False
+
+
 @contextlib.contextmanager
 def _children(folder: Path) -> Iterator[Children]:
-    ready, children = folder / READY, Children()
-    ready.unlink(missing_ok=True)
+    ready, children = folder / READY, Children(folder)
     try:
         yield children
     finally:
         ready.unlink(missing_ok=True)
         children.end()
+        _end_relay(folder)
 
 
 def run_coordinator(root: Path, config: Config) -> None:
@@ -114,12 +164,23 @@ def run_coordinator(root: Path, config: Config) -> None:
         command = [flower.flower("python"), str(LINK / "fleet_proxy.py"), str(proxy)]
         children.start("the proxy", command, flower_environment(folder / "proxy"), folder)
         children.wait_for_port(HOST if settings.host == "0.0.0.0" else settings.host, settings.port)  # noqa: S104
+        began, alive = time.time(), exchange / "alive"
         control.start_relay()
+        children.wait(lambda: _touched(alive) > began, "the relay")
         say(f"nodes reach this coordinator on {settings.names[0]}:{settings.port}")
         write_json(folder / READY, {"port": settings.port})
+        seen, since = 0.0, time.monotonic()
         while True:
             children.check()
+            if (touched := _touched(alive)) != seen:
+                seen, since = touched, time.monotonic()
+            if time.monotonic() - since > ALIVE_SECONDS:
+                raise ServiceError("the relay has ended; the lines above say why")
             time.sleep(1)
+
+
+def _touched(path: Path) -> float:
+    return path.stat().st_mtime if path.exists() else 0.0
 
 
 def run_node(root: Path) -> None:
@@ -133,25 +194,29 @@ def run_node(root: Path) -> None:
             folder / "supernode",
             RATCHET_NODE_COMMAND=json.dumps([sys.executable, "-m", "ratchet.federation.node"]),
         )
-        (folder / "supernode").mkdir(exist_ok=True)
-        children.start(
-            "the SuperNode",
-            [
-                flower.flower("flower-supernode"),
-                *("--superlink", settings.url, "--root-certificates", str(folder / NODE_AUTHORITY)),
-                *("--auth-supernode-private-key", str(folder / NODE_KEY)),
-                *("--isolation", "process", "--host", HOST, "--port", str(port)),
-            ],
-            environment,
-            folder / "supernode",
-        )
-        children.wait_for_port(HOST, port)
+        home, ready = folder / "supernode", folder / READY
+        home.mkdir(exist_ok=True)
+        supernode = [
+            flower.flower("flower-supernode"),
+            *("--superlink", settings.url, "--root-certificates", str(folder / NODE_AUTHORITY)),
+            *("--auth-supernode-private-key", str(folder / NODE_KEY)),
+            *("--isolation", "process", "--host", HOST, "--port", str(port)),
+        ]
+        children.start("the SuperNode", supernode, environment, home)
         command = [flower.flower("python"), str(LINK / "node_app.py"), f"{HOST}:{port}"]
         children.start("the node's loop", command, environment, root)
         say(f"node {settings.name}: connects to {settings.url}")
-        write_json(folder / READY, {"port": port})
+        refused = 0
         while True:
+            if (code := children.code("the SuperNode")) is not None:
+                refused = refused + 1 if code >= 0 else 0
+                if refused < TRIES:
+                    say(f"the SuperNode ended with code {code}: it starts again in {TRY_SECONDS:.0f} s")
+                    time.sleep(TRY_SECONDS)
+                    children.start("the SuperNode", supernode, environment, home)
             children.check()
+            if not ready.exists() and _answers(HOST, port):
+                write_json(ready, {"port": port})
             time.sleep(1)
 
 
@@ -163,10 +228,12 @@ def main() -> int:
     signal.signal(signal.SIGTERM, _stop)
     root = project_root()
     try:
-        if sys.argv[1] == "coordinator":
-            run_coordinator(root, load_config(root / "params.yaml"))
-        else:
-            run_node(root)
+        with locked(root, FEDERATION, wait=False):
+            end_left(root)
+            if sys.argv[1] == "coordinator":
+                run_coordinator(root, load_config(root / "params.yaml"))
+            else:
+                run_node(root)
     except KeyboardInterrupt:
         return 0
     except RatchetError as error:
