@@ -48,6 +48,7 @@ class Live:
         self.config = config.model_copy(update={"federate": config.federate.model_copy(update=ports)})
         write_text(root / "params.yaml", json.dumps(self.config.model_dump(mode="json")))
         self.nodes: dict[str, Path] = {}
+        self.runs: list[subprocess.Popen[str]] = []
 
     def up(self) -> Done:
         return _done(ratchet("-C", self.root, "federate", "up"))
@@ -80,11 +81,14 @@ class Live:
         paths = {"root": str(self.root), "folder": str(folder), "start": str(start)}
         write_json(asked, {**paths, "plan": described, "patience": patience()})
         with folder.with_suffix(".log").open("a") as log:
-            return subprocess.Popen(
-                [sys.executable, "-c", RUN, str(asked)], text=True, stdout=log, stderr=subprocess.STDOUT
-            )
+            command = [sys.executable, "-c", RUN, str(asked)]
+            self.runs.append(subprocess.Popen(command, text=True, stdout=log, stderr=subprocess.STDOUT))
+        return self.runs[-1]
 
     def stop(self) -> None:
+        for run in self.runs:
+            run.kill()
+            run.wait()
         for home in (*self.nodes.values(), self.root):
             ratchet("-C", home, "federate", "down")
 
