@@ -26,7 +26,8 @@ class FederateConfig(Section):
         default="fedavg",
         description="how the nodes' updates become one: their mean, weighted by rows; Adam on that mean "
         "(arXiv 2003.00295); and against nodes that send poison: the mean of each weight without its "
-        "extremes (arXiv 1803.01498), or the update with the nearest neighbours (arXiv 1703.02757)",
+        "extremes (arXiv 1803.01498), or the mean of the nodes whose updates have the nearest neighbours, "
+        "all but `poisoned` of them (`krum`: Multi-Krum, arXiv 1703.02757)",
     )
     aggregation: Literal["exact", "alternate", "factors"] = Field(
         default="exact",

@@ -142,32 +142,38 @@ class Krum(NamedTuple):
     """The exact mean of the nodes whose updates have the nearest neighbours (arXiv 1703.02757).
 
     `kept` nodes: 1 is Krum itself, which learns from one node's rows in a round; more of them are Multi-Krum,
-    at most as many as are not poisoned. Nodes count alike, as with the trimmed mean.
+    at most as many as are not poisoned, which None takes. Nodes count alike, as with the trimmed mean.
     """
 
     poisoned: int = 1  # nodes that may send anything
-    kept: int = 1
+    kept: int | None = 1
 
     @property
     def least_nodes(self) -> int:
-        return max(2 * self.poisoned + 3, self.poisoned + self.kept)
+        return max(2 * self.poisoned + 3, self.poisoned + (self.kept or 1))
 
     def combine(
         self, before: Adapter, adapters: Sequence[Adapter], weights: Sequence[float], state: State
     ) -> Round:
         check_round(self.least_nodes, before, adapters, weights)
-        chosen = krum_order(adapters, self.poisoned)[: self.kept]
-        return Round(mean_exactly([adapters[node] for node in chosen], [1.0] * self.kept), {})
+        kept = self.kept or len(adapters) - self.poisoned
+        chosen = krum_order(adapters, self.poisoned)[:kept]
+        return Round(mean_exactly([adapters[node] for node in chosen], [1.0] * kept), {})
 
 
 def make_strategy(
-    name: StrategyName, *, exact: bool = True, poisoned: int = 1, kept: int = 1, learning_rate: float = 1e-2
+    name: StrategyName,
+    *,
+    exact: bool = True,
+    poisoned: int = 1,
+    kept: int | None = None,
+    learning_rate: float = 1e-2,
 ) -> Strategy:
     """Return the strategy of a name.
 
     `exact` is for `fedavg`, `learning_rate` for `fedadam`, `poisoned` for those that bear poison.
 
-    `kept` nodes make the mean of `krum`. Raises ConfigError: none has this name.
+    `kept` nodes make the mean of `krum`: all but those by default. Raises ConfigError: none has this name.
     """
     if name == "fedavg":
         return FedAvg(exact=exact)

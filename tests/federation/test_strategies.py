@@ -139,6 +139,7 @@ def test_robust_strategies_bear_one_poisoned_node_of_five(factor: float) -> None
     assert harm(TrimmedMean(1)) < 0.1
     assert harm(Krum(1)) < 0.2
     assert harm(Krum(1, kept=4)) < 1e-6  # the honest ones, and no other
+    assert harm(Krum(1, kept=None)) < 1e-6
 
 
 # --- what is refused ---
@@ -171,6 +172,7 @@ def test_an_adapter_unlike_the_one_before_is_refused_with_its_draw(strategy: Str
 def test_a_strategy_has_a_name() -> None:
     assert make_strategy("fedavg", exact=False) == FedAvg(exact=False)
     assert make_strategy("krum", poisoned=2).least_nodes == 7
+    assert make_strategy("krum") == Krum(1, None)
     assert make_strategy("krum", kept=6) == Krum(1, 6) and Krum(1, 6).least_nodes == 7
     assert make_strategy("trimmed_mean", poisoned=2).least_nodes == 5
     assert isinstance(make_strategy("fedadam"), FedAdam)
