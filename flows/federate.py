@@ -14,6 +14,7 @@ from prefect import flow
 from flows.retrain import Retrained, bring_up_to_date, retraining, train_with_nodes
 from ratchet.config.params import Config, load_config
 from ratchet.errors import UserError
+from ratchet.federation.link.flower import FOLDER, check_enough, read_names
 from ratchet.pipeline.checkout import locked
 from ratchet.pipeline.stage import project_root
 from ratchet.promotion.lineage import taught_by
@@ -29,6 +30,7 @@ def federate(root: str | None = None, reason: str = "by hand") -> Retrained:
     """
     home = project_root(root)
     config = load_config(home / "params.yaml")
+    check_enough(list(read_names(home / FOLDER).values()), config.federate)
     with locked(home, "federate", wait=False), retraining(home, config) as workspace:
         return train_with_nodes(workspace, config, reason, bring_up_to_date(workspace, force=True))
 
@@ -36,10 +38,8 @@ def federate(root: str | None = None, reason: str = "by hand") -> Retrained:
 def forget(root: Path, config: Config, name: str, reason: str) -> list[int]:
     """Put a node out, and return the versions that hold its share. The next training starts without it.
 
-    Raises UserError: nobody has that name, or too few nodes would be left; ServiceError: MLflow or the link
-    does not answer.
+    Raises UserError: nobody has that name; ServiceError: MLflow or the link does not answer.
     """
-    from ratchet.federation.link.flower import FOLDER, check_enough, read_names
     from ratchet.federation.link.invitations import forget_node
 
     names = sorted(read_names(root / FOLDER).values())
@@ -50,6 +50,5 @@ def forget(root: Path, config: Config, name: str, reason: str) -> list[int]:
             f"{', '.join(names) or 'none'}",
             remedy="ratchet federate status",
         )
-    check_enough([known for known in names if known != name], config.federate)
     forget_node(root, config, name, reason)
     return versions

@@ -39,6 +39,7 @@ from ratchet.tracking.curve import History
 from ratchet.training.schedule import Figures
 
 RUN = FOLDER / "run"
+SHOWN = 5e-5  # a share that is more than 0.00 %
 SECTIONS = ("tokenize", "train", "adapter")  # of params.yaml: what the nodes take from the coordinator
 
 
@@ -106,7 +107,7 @@ def train_together(workspace: Path, root: Path, config: Config, link: Link, say:
             remedy="look at a node's log; raise `train.learning_rate` or `train.epochs`",
         )
     folded = fold(found, config.federate.max_rank)
-    if folded.missing:
+    if folded.missing >= SHOWN:
         say(f"federate: rank {folded.rank} has no room for {folded.missing:.2%} of a layer's update, at most")
     whole = adapter.model_copy(
         update={"method": "lora", "rank": folded.rank, "alpha": scale * folded.rank}
@@ -176,6 +177,7 @@ def _score(workspace: Path, link: Link, plan: Plan, config: Config, say: Say) ->
         masked=config.federate.secure,
         round=config.federate.rounds + 1,  # its keys are not those of a round of training
     )
+    say("federate: the nodes compare the candidate with the champion, or the base, on their own rows")
     scores = score_at_nodes(link, plan, asked, tensors)
     for name, reason in scores.left_out.items():
         say(f"federate: no scores of {name}: {reason}")

@@ -65,7 +65,8 @@ def invite(
 
     root = find_root()
     path = take_in(root, read_config(root), name, out or Path(f"{name}.invitation"), public_key)
-    say(f"{path}: give it to {name} on a safe way, it holds a key; there: ratchet federate join {path.name}")
+    how = "it holds no key" if public_key else "on a safe way, it holds a key"
+    say(f"{path}: give it to {name}, {how}; there: ratchet federate join {path.name}")
 
 
 @app.command("remove")
@@ -123,7 +124,10 @@ def key() -> None:
 def join(
     invitation: Annotated[Path | None, typer.Argument(help="The coordinator's file; once.")] = None,
     rounds_a_day: Annotated[
-        int | None, typer.Option("--rounds-a-day", min=1, help="Rounds that this node takes part in a day.")
+        int | None,
+        typer.Option(
+            "--rounds-a-day", min=0, help="Rounds that this node takes part in a day; 0: any number."
+        ),
     ] = None,
     hours: Annotated[str, typer.Option("--hours", help="When it trains, such as 20-6.")] = "",
     epsilon: Annotated[
@@ -133,18 +137,18 @@ def join(
 ) -> None:
     """Connect this checkout as a node, and train when asked, until `ratchet federate down`.
 
+    Limits stay until others are given, also without an invitation and while the link runs.
+
     Example: ratchet federate join hospital-a.invitation --hours 20-6
     """
-    from ratchet.federation.link.invitations import accept
+    from ratchet.federation.link.invitations import Limits, accept
     from ratchet.federation.link.party import READY
-    from ratchet.federation.records import NODE, read_node
+    from ratchet.federation.records import NODE
 
     root = find_root()
-    if invitation:
-        accept(root, invitation, rounds_a_day, hours, epsilon)
-    node = read_node(root)
+    node = accept(root, invitation, Limits(rounds_a_day, hours, epsilon))
     _start(root, "node", node.url, root / NODE / READY, read_config(root))
-    say(f"{node.name} is connected to {node.url}, and trains when asked: ratchet federate status")
+    say(f"{node.name} connects to {node.url}, and trains when asked; limits: {node.limits}")
 
 
 @app.command("leave")
@@ -157,6 +161,7 @@ def leave() -> None:
 
     down()
     go(find_root())
+    say("the key is removed; the records of rounds and the version that it holds stay")
 
 
 @app.command("run")

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ratchet.cli.context import Json, find_root, read_config, say, show
-from ratchet.errors import ConfigError
+from ratchet.errors import ConfigError, UserError
 
 keys = typer.Typer(help="The gateway's API keys.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -84,17 +84,26 @@ def init(
 
 
 def params(
+    section: Annotated[
+        str | None, typer.Argument(help="One section whole, such as train; otherwise those often changed.")
+    ] = None,
+    *,
     everything: Annotated[bool, typer.Option("--all", help="Include those that few people change.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show each setting: its value, its default where that differs, and where it was set.
 
-    Example: ratchet params --all
+    Example: ratchet params train
     """
     from ratchet.config.docs import yaml_value
     from ratchet.config.survey import read_settings
 
-    found = read_settings(find_root() / "params.yaml", everything=everything)
+    found = read_settings(find_root() / "params.yaml", everything=everything or section is not None)
+    if section:
+        known = sorted({one.key.partition(".")[0] for one in found})
+        found = [one for one in found if one.key.partition(".")[0] == section]
+        if not found:
+            raise UserError(f"params.yaml has no section {section}", remedy=f"take one of {', '.join(known)}")
 
     def tell() -> None:
         for one in found:
@@ -121,10 +130,14 @@ def down() -> None:
 
     Example: ratchet down
     """
-    from ratchet.services.supervisor import stop_services
+    from ratchet.services.specs import FEDERATION
+    from ratchet.services.supervisor import is_running, stop_services
 
-    if not stop_services(find_root(), report=say):
+    root = find_root()
+    if not stop_services(root, report=say):
         say("nothing of this checkout runs")
+    if is_running(root, FEDERATION):
+        say("the link of the federation runs on: ratchet federate down")
 
 
 def serve() -> None:

@@ -17,6 +17,7 @@ from ratchet.models.manifests import Together
 from ratchet.privacy.ledger import FILE as LEDGER
 
 NODE = Path(".ratchet/federation/node")  # a node's files, in its checkout
+ENDED = NODE.parent / "ended.txt"  # why the link of this checkout ended by itself
 SETTINGS, TOOK_PART = "node.json", "rounds.jsonl"
 RECORD = "round.json"  # of one round, at the coordinator
 FORGOTTEN = "forgotten-nodes.json"
@@ -41,6 +42,15 @@ class Node(msgspec.Struct, frozen=True):
     rounds_a_day: int | None = None
     hours: str = ""  # such as 20-6: when it trains
     epsilon: float | None = None  # of its rows' privacy that it spends at most, in all trainings
+
+    @property
+    def limits(self) -> str:
+        found = [
+            f"{self.rounds_a_day} rounds a day" if self.rounds_a_day else "",
+            f"between {self.hours} o'clock" if self.hours else "",
+            f"ε = {self.epsilon:g} in all" if self.epsilon is not None else "",
+        ]
+        return ", ".join(filter(None, found)) or "none: ratchet federate join --help"
 
 
 class Done(msgspec.Struct, frozen=True):

@@ -9,6 +9,9 @@ import msgspec
 from ratchet.federation.link import flower
 from ratchet.federation.link.flower import read_names
 from ratchet.federation.records import (
+    DELIVERED,
+    DELIVERY,
+    ENDED,
     NODE,
     RECORD,
     SETTINGS,
@@ -36,6 +39,9 @@ class Federation(msgspec.Struct, frozen=True):
     node: Node | None
     took_part: list[Done]
     delivered: Delivery | None  # the version that this node was given
+    taken: bool  # and whether it is this checkout's candidate
+    ended: str  # why the link ended by itself
+    run: str  # that goes on, or was interrupted
 
 
 def see_federation(root: Path) -> Federation:
@@ -55,23 +61,38 @@ def see_federation(root: Path) -> Federation:
         read_node(root) if joined else None,
         read_rounds(root),
         read_delivery(root),
+        _is_taken(root),
+        (root / ENDED).read_text() if not runs and (root / ENDED).exists() else "",
+        read_json(folder / "run/run.json")["run"] if (folder / "run/run.json").exists() else "",
     )
+
+
+def _is_taken(root: Path) -> bool:
+    delivered, candidate = root / NODE / DELIVERED / DELIVERY, root / "models/candidate/manifest.json"
+    if not delivered.exists() or not candidate.exists():
+        return False
+    return bool(read_json(candidate)["inputs"].get("federation") == read_json(delivered)["run"])
 
 
 def describe(found: Federation) -> list[str]:
     """Describe it, a line each."""
     link = "runs" if found.runs else "does not run: ratchet federate up, or join"
-    lines = [f"link    {link}"]
+    lines = [f"link    {link}", *([f"ended   {found.ended}"] if found.ended else [])]
     if found.node:
         lines.append(f"node    {found.node.name}, of the coordinator at {found.node.url}")
+        lines.append(f"limits  {found.node.limits}")
         lines += [_told(done) for done in found.took_part[-10:]]
         held = found.delivered
-        lines.append(f"holds   {f'{held.told}; ratchet federate take' if held else 'no version yet'}")
+        take = "taken" if found.taken else "ratchet federate take"
+        lines.append(f"holds   {f'{held.told}; {take}' if held else 'no version yet'}")
         return lines
     if not found.nodes:
         lines.append("nodes   none yet: ratchet federate invite NAME")
     for name, connected in sorted(found.nodes.items()):
         lines.append(f"node    {name}: {'connected' if connected else 'away'}")
+    if found.run:
+        done = f"{len(found.rounds)} rounds are done"
+        lines.append(f"run     {found.run}: {done}; if nobody runs it, ratchet federate run goes on")
     for title, rounds in (("round", found.rounds), ("last", found.last)):
         for each in rounds:
             lines += tell_round(each, title)

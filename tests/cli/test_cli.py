@@ -221,6 +221,9 @@ def test_init_with_flags_asks_nothing_and_params_tells_where_a_value_was_set(tmp
     }
     assert len(every) > 200 and every["monitor.topics"]["set_in"] == ""
     assert "numeric_match" in ratchet("-C", tmp_path, "params").stdout
+    section = json.loads(ratchet("-C", tmp_path, "params", "federate", "--json").stdout)
+    assert {one["key"].partition(".")[0] for one in section} == {"federate"} and len(section) > 10
+    assert "has no section federation" in ratchet("-C", tmp_path, "params", "federation").stderr
 
 
 def test_init_without_flags_asks_five_questions(tmp_path):

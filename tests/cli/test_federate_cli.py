@@ -15,8 +15,8 @@ from ratchet.config.params import Config
 from ratchet.errors import UserError
 from ratchet.federation import records
 from ratchet.federation.link import flower
-from ratchet.federation.link.certificates import node_key
-from ratchet.federation.link.invitations import forget_node
+from ratchet.federation.link.certificates import check_public_key, node_key
+from ratchet.federation.link.invitations import Limits, accept, forget_node
 from ratchet.files import write_json
 from ratchet.promotion.lineage import taught_by
 from ratchet.tracking.registry import Version
@@ -77,6 +77,14 @@ def test_an_invitation_gives_a_node_its_key_and_limits(checkout, monkeypatch):
         "north, of the coordinator at here.example:8092"
         in ratchet("-C", str(checkout), "federate", "status").stdout
     )
+    ratchet("-C", str(checkout), "federate", "join", "--rounds-a-day", "0", "--hours", "0-6")
+    assert records.read_node(checkout) == records.Node("north", "here.example:8092", None, "0-6", 8.0)
+    done = ratchet("-C", str(checkout), "federate", "join", "--hours", "day")
+    assert done.returncode == 2 and "give two full hours" in done.stderr
+    assert "between 0-6 o'clock, ε = 8 in all" in ratchet("-C", str(checkout), "federate", "status").stdout
+    done = ratchet("-C", str(checkout), "federate", "join", str(invitation(checkout, name="south")))
+    assert done.returncode == 2 and "is for south, and this checkout is the node north" in done.stderr
+    assert records.read_node(checkout).name == "north"
     ratchet("-C", str(checkout), "federate", "leave")
     assert not key.exists() and not (checkout / records.NODE / records.SETTINGS).exists()
 
@@ -122,3 +130,23 @@ def test_too_few_invited_nodes_are_told_before_anything_waits():
     with pytest.raises(UserError, match=r"1 nodes are invited \(north\); `federate.min_nodes` asks for 2"):
         flower.check_enough(["north"], FederateConfig(min_nodes=2))
     flower.check_enough(["north", "south"], FederateConfig(min_nodes=2))
+
+
+def test_a_file_that_is_no_public_key_is_refused(checkout):
+    folder = checkout / flower.FOLDER
+    folder.mkdir(parents=True)
+    (folder / "ready.json").write_text("{}")
+    (checkout / "c.pub").write_text("ssh-ed25519 nonsense")
+    arguments = ["invite", "north", "--public-key", str(checkout / "c.pub")]
+    done = ratchet("-C", str(checkout), "federate", *arguments)
+    assert done.returncode == 2 and "holds no public key of a node" in done.stderr
+    assert not list(checkout.glob("*.invitation"))
+    (checkout / "c.pub").write_text(node_key(checkout / "key"))
+    check_public_key(checkout / "c.pub")
+
+
+def test_why_a_link_ended_is_told(checkout):
+    accept(checkout, invitation(checkout), Limits())
+    (checkout / records.ENDED).write_text("the coordinator did not let this node in")
+    told = ratchet("-C", str(checkout), "federate", "status").stdout
+    assert "ended   the coordinator did not let this node in" in told and "limits  none" in told

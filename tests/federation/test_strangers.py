@@ -22,7 +22,7 @@ from ratchet.errors import CheckoutError
 from ratchet.federation.link import certificates
 from ratchet.federation.link.certificates import AUTHORITY, CERTIFICATE, KEY, make_certificates, node_key
 from ratchet.federation.link.flower import FOLDER, FlowerLink, flower, flower_environment
-from ratchet.federation.link.invitations import accept, remove
+from ratchet.federation.link.invitations import Limits, accept, remove
 from ratchet.federation.link.party import NODE_AUTHORITY, NODE_KEY
 from ratchet.federation.records import NODE
 from ratchet.files import read_json, write_bytes, write_json
@@ -128,7 +128,7 @@ def test_a_second_run_in_a_checkout_is_refused(tmp_path: Path, tiny_config: Conf
 def test_a_stranger_and_a_removed_node_get_nothing(live: Live, tmp_path: Path) -> None:
     """The stranger has the authority and the address, as whoever reads an invitation without a key."""
     home = tmp_path / "guest"
-    accept(home, live.invite(home))
+    accept(home, live.invite(home), Limits())
     address, authority = f"127.0.0.1:{live.config.federate.port}", home / NODE / NODE_AUTHORITY
     node_key(tmp_path / "stranger")
     with supernode(tmp_path, address, authority, tmp_path / "stranger") as process:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
@@ -17,6 +18,7 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
     load_pem_private_key,
     load_ssh_private_key,
+    load_ssh_public_key,
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
@@ -145,3 +147,15 @@ def node_key(path: Path) -> str:
             remedy="remove it, and ask the coordinator for another invitation",
         ) from None
     return key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+
+
+def check_public_key(path: Path) -> None:
+    """Raise UserError unless a file holds a public key as `ratchet federate key` prints it."""
+    try:
+        key, why = load_ssh_public_key(path.read_bytes()), "it is of another kind"
+    except (OSError, ValueError, UnsupportedAlgorithm) as error:
+        key, why = None, str(error)
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise UserError(
+            f"{path} holds no public key of a node: {why}", remedy="on the node: ratchet federate key > FILE"
+        )

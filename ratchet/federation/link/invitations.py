@@ -12,6 +12,7 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -19,7 +20,7 @@ from ratchet.config.params import Config
 from ratchet.errors import UserError
 from ratchet.federation import records
 from ratchet.federation.link import flower
-from ratchet.federation.link.certificates import AUTHORITY, node_key
+from ratchet.federation.link.certificates import AUTHORITY, check_public_key, node_key
 from ratchet.federation.link.flower import Control, read_names
 from ratchet.federation.link.party import NODE_AUTHORITY, NODE_KEY, READY
 from ratchet.files import write_json, write_private, write_text
@@ -38,7 +39,7 @@ class Invitation(msgspec.Struct, frozen=True):
 def invite(root: Path, config: Config, name: str, out: Path, public_key: Path | None = None) -> Path:
     """Register a node, and write its invitation, mode 0600.
 
-    Raises UserError: the name is taken or no name, or the link does not run.
+    Raises UserError: the name is taken or no name, the file holds no public key, or the link does not run.
     """
     folder = root / flower.FOLDER
     _require_link(folder)
@@ -52,12 +53,14 @@ def invite(root: Path, config: Config, name: str, out: Path, public_key: Path | 
     if any(node.name == name for node in records.read_forgotten_nodes(folder)):
         raise UserError(f"{name} was forgotten, and stays so", remedy="choose another name")
     if out.exists():
-        raise UserError(f"{out} exists", remedy="name another file with --out")
+        raise UserError(f"{out} exists", remedy="remove it, or name another file with --out")
     with tempfile.TemporaryDirectory(prefix="ratchet-invite-") as scratch:
         private = Path(scratch) / "key"
         public = public_key or Path(scratch) / "key.pub"
         if public_key is None:
             write_text(public, node_key(private))
+        else:
+            check_public_key(public)
         number = Control(folder, config.federate.superlink_port).register(name, public)
         key = "" if public_key else private.read_text()
     write_json(folder / "nodes.json", {**names, number: name})
@@ -103,21 +106,49 @@ def _require_link(folder: Path) -> None:
         raise UserError("the coordinator's link does not run", remedy="ratchet federate up")
 
 
-def accept(
-    root: Path, path: Path, rounds_a_day: int | None = None, hours: str = "", epsilon: float | None = None
-) -> None:
-    """Take the coordinator's address and this node's key from an invitation.
+class Limits(NamedTuple):
+    """What a node is ready to do; None, or no hours, leaves what was said before."""
 
-    Raises UserError: it cannot be read, or holds no key and this node has none; or `hours` is no range.
+    rounds_a_day: int | None = None  # 0: any number
+    hours: str = ""
+    epsilon: float | None = None
+
+
+def accept(root: Path, path: Path | None, limits: Limits) -> records.Node:
+    """Take the coordinator's address and this node's key from an invitation, where there is one; set limits.
+
+    Raises UserError: the invitation cannot be read, is another node's, or holds no key and this node has
+    none; there is none and this checkout has not joined; or the hours are no range.
     """
-    if hours and not HOURS.fullmatch(hours):
-        raise UserError(f"--hours is {hours!r}", remedy="give two full hours, such as 20-6")
+    if limits.hours and not HOURS.fullmatch(limits.hours):
+        raise UserError(f"--hours is {limits.hours!r}", remedy="give two full hours, such as 20-6")
+    joined = (root / records.NODE / records.SETTINGS).exists()
+    before = records.read_node(root) if joined or path is None else records.Node("", "")
+    name, url = _take_key(root, path, before.name) if path else (before.name, before.url)
+    settings = records.Node(
+        name,
+        url,
+        before.rounds_a_day if limits.rounds_a_day is None else limits.rounds_a_day or None,
+        limits.hours or before.hours,
+        before.epsilon if limits.epsilon is None else limits.epsilon,
+    )
+    write_json(root / records.NODE / records.SETTINGS, msgspec.to_builtins(settings))
+    return settings
+
+
+def _take_key(root: Path, path: Path, known_as: str) -> tuple[str, str]:
+    """Keep what an invitation holds, and return the node's name and the coordinator's address."""
     try:
         found = msgspec.json.decode(path.read_bytes(), type=Invitation)
     except (OSError, msgspec.DecodeError) as error:
         raise UserError(
             f"{path} is no invitation: {error}", remedy="ask the coordinator: ratchet federate invite NAME"
         ) from None
+    if known_as not in ("", found.name):
+        raise UserError(
+            f"{path} is for {found.name}, and this checkout is the node {known_as}",
+            remedy="`ratchet federate leave` first; or take another clone for another node",
+        )
     folder = root / records.NODE
     key = folder / NODE_KEY
     if found.key:
@@ -130,8 +161,7 @@ def accept(
         )
     node_key(key)
     write_text(folder / NODE_AUTHORITY, found.authority)
-    settings = records.Node(found.name, found.url, rounds_a_day, hours, epsilon)
-    write_json(folder / records.SETTINGS, msgspec.to_builtins(settings))
+    return found.name, found.url
 
 
 def leave(root: Path) -> None:

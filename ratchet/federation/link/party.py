@@ -25,7 +25,7 @@ from ratchet.federation import records
 from ratchet.federation.link import flower
 from ratchet.federation.link.certificates import AUTHORITY, CERTIFICATE, KEY, make_certificates
 from ratchet.federation.link.flower import ALIVE_SECONDS, LINK, Control, flower_environment
-from ratchet.files import read_json, write_json
+from ratchet.files import read_json, write_json, write_text
 from ratchet.pipeline.checkout import locked
 from ratchet.pipeline.stage import project_root, say
 from ratchet.services.environment import HOST
@@ -214,6 +214,12 @@ def run_node(root: Path) -> None:
                     say(f"the SuperNode ended with code {code}: it starts again in {TRY_SECONDS:.0f} s")
                     time.sleep(TRY_SECONDS)
                     children.start("the SuperNode", supernode, environment, home)
+                else:
+                    raise ServiceError(
+                        f"the coordinator at {settings.url} did not let this node in, {refused} times: was "
+                        "it removed, or is another address meant?",
+                        remedy="ask the coordinator for another invitation",
+                    )
             children.check()
             if not ready.exists() and _answers(HOST, port):
                 write_json(ready, {"port": port})
@@ -230,6 +236,7 @@ def main() -> int:
     try:
         with locked(root, FEDERATION, wait=False):
             end_left(root)
+            (root / records.ENDED).unlink(missing_ok=True)
             if sys.argv[1] == "coordinator":
                 run_coordinator(root, load_config(root / "params.yaml"))
             else:
@@ -238,6 +245,7 @@ def main() -> int:
         return 0
     except RatchetError as error:
         say(f"{type(error).__name__}: {error}", error=True)
+        write_text(root / records.ENDED, str(error).splitlines()[0])
         return error.exit_code
     return 0
 
