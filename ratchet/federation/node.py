@@ -35,7 +35,7 @@ from torch import Tensor
 from ratchet.config.params import load_config
 from ratchet.config.training import AdapterConfig
 from ratchet.errors import DataError, RatchetError, UserError
-from ratchet.evaluation.node_scores import ALL, read_groups
+from ratchet.evaluation.node_scores import ALL, Sums, read_groups
 from ratchet.federation import masking, messages
 from ratchet.federation.aggregation import DOWN
 from ratchet.federation.messages import Message, write_message
@@ -43,9 +43,11 @@ from ratchet.federation.records import (
     DELIVERED,
     DELIVERY,
     NODE,
+    OWN_SCORES,
     TOOK_PART,
     Delivery,
     Done,
+    OwnScores,
     read_node,
     read_rounds,
 )
@@ -432,6 +434,8 @@ def _score(root: Path, folder: Path, message: Message) -> bytes:
     _stage(root, "evaluate", paths, {"RATCHET_ROOT": str(folder)})
     groups = read_groups(run / "evaluation/scores.parquet", asked.metric, rival, asked.least)
     shutil.rmtree(run)
+    if ALL in groups:
+        _keep_scores(folder, asked, rival, groups[ALL])
     if not asked.masked:
         return write_message(messages.Scored(groups))
     if ALL not in groups:
@@ -470,6 +474,14 @@ def _deliver(root: Path, folder: Path, message: Message) -> bytes:
         write_adapter(whole, message.tensors, asked.adapter_config)
         write_json(whole / DELIVERY, msgspec.to_builtins(delivery))
     return write_message(messages.Delivered())
+
+
+def _keep_scores(folder: Path, asked: messages.Score, rival: str, sums: Sums) -> None:
+    """Keep the means for the node's own status."""
+    sign = -1 if asked.metric == "answer_nll" else 1  # the sums are of what is better when higher
+    before, after = (sign * total / sums.rows for total in (sums.rival, sums.candidate))
+    own = OwnScores(asked.run, asked.metric, rival, sums.rows, before, after)
+    write_json(folder / OWN_SCORES, msgspec.to_builtins(own))
 
 
 # --- secure aggregation ---

@@ -20,6 +20,7 @@ NODE = Path(".ratchet/federation/node")  # a node's files, in its checkout
 ENDED = NODE.parent / "ended.txt"  # why the link of this checkout ended by itself
 SETTINGS, TOOK_PART = "node.json", "rounds.jsonl"
 RECORD = "round.json"  # of one round, at the coordinator
+OWN_SCORES = "own-scores.json"
 FORGOTTEN = "forgotten-nodes.json"
 ROUNDS = "rounds.json"  # of all rounds of a version, beside the figures of its training
 DELIVERED, DELIVERY = "delivered", "delivery.json"  # a node's folder of the version that it was given
@@ -94,6 +95,29 @@ def read_node(root: Path) -> Node:
         raise UserError(
             "this checkout has joined no federation", remedy="ratchet federate join INVITATION"
         ) from None
+
+
+class OwnScores(msgspec.Struct, frozen=True):
+    """What a node measured on its own held-out rows: the version that came out against the one before."""
+
+    run: str
+    metric: str
+    rival: str  # "champion" or "base"
+    rows: int
+    before: float
+    after: float
+
+    @property
+    def told(self) -> str:
+        return (
+            f"{self.metric} {self.before:.3f} → {self.after:.3f} from the {self.rival} to the candidate of "
+            f"run {self.run}, on this node's {self.rows} held-out rows"
+        )
+
+
+def read_own_scores(root: Path) -> OwnScores | None:
+    path = root / NODE / OWN_SCORES
+    return msgspec.convert(read_json(path), OwnScores) if path.exists() else None
 
 
 def read_rounds(root: Path) -> list[Done]:

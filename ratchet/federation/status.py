@@ -18,9 +18,11 @@ from ratchet.federation.records import (
     Delivery,
     Done,
     Node,
+    OwnScores,
     Round,
     read_delivery,
     read_node,
+    read_own_scores,
     read_rounds,
     read_trained_rounds,
 )
@@ -39,7 +41,8 @@ class Federation(msgspec.Struct, frozen=True):
     node: Node | None
     took_part: list[Done]
     delivered: Delivery | None  # the version that this node was given
-    taken: bool  # and whether it is this checkout's candidate
+    own_scores: OwnScores | None
+    taken: bool  # whether what was delivered is this checkout's candidate
     ended: str  # why the link ended by itself
     run: str  # that goes on, or was interrupted
 
@@ -61,6 +64,7 @@ def see_federation(root: Path) -> Federation:
         read_node(root) if joined else None,
         read_rounds(root),
         read_delivery(root),
+        read_own_scores(root),
         _is_taken(root),
         (root / ENDED).read_text() if not runs and (root / ENDED).exists() else "",
         read_json(folder / "run/run.json")["run"] if (folder / "run/run.json").exists() else "",
@@ -82,6 +86,7 @@ def describe(found: Federation) -> list[str]:
         lines.append(f"node    {found.node.name}, of the coordinator at {found.node.url}")
         lines.append(f"limits  {found.node.limits}")
         lines += [_told(done) for done in found.took_part[-10:]]
+        lines += [f"own     {found.own_scores.told}"] if found.own_scores else []
         held = found.delivered
         take = "taken" if found.taken else "ratchet federate take"
         lines.append(f"holds   {f'{held.told}; {take}' if held else 'no version yet'}")

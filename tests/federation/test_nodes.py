@@ -31,7 +31,7 @@ from ratchet.federation import messages
 from ratchet.federation.aggregation import Aggregate
 from ratchet.federation.messages import write_message
 from ratchet.federation.node import handle, identity
-from ratchet.federation.records import NODE, read_rounds
+from ratchet.federation.records import NODE, read_own_scores, read_rounds
 from ratchet.federation.rounds import Plan, run_rounds, score_at_nodes
 from ratchet.federation.state import state_tensors
 from ratchet.files import read_json
@@ -322,5 +322,8 @@ def test_nodes_score_their_own_rows_and_send_sums(world: World, raw_rows: list[d
     assert found.rival == "base" and 10 <= sums.rows <= 40
     assert sums.candidate < 0 and sums.candidate == pytest.approx(sums.rival)
     assert sums.difference == pytest.approx(0, abs=1e-6) and sums.square == pytest.approx(0, abs=1e-6)
+    own = read_own_scores(root)
+    assert own is not None and (own.run, own.rival, own.rows) == ("scored", "base", sums.rows)
+    assert own.before == pytest.approx(own.after) and own.after == pytest.approx(-sums.candidate / sums.rows)
     few = score_at_nodes(link, plan, msgspec.structs.replace(asked, run="few", least=1000), tensors)
     assert few.nodes == {} and few.left_out == {"held": "it has fewer than 1000 held-out rows"}

@@ -18,7 +18,7 @@ from places import make_repository, use_git_without_a_user, use_no_mlflow, write
 
 from ratchet.config.params import Config
 from ratchet.federation.link.flower import FOLDER
-from ratchet.federation.records import NODE, SETTINGS, TOOK_PART, Done, Node
+from ratchet.federation.records import NODE, OWN_SCORES, SETTINGS, TOOK_PART, Done, Node, OwnScores
 from ratchet.files import write_json
 from ratchet.monitoring.request_log import URL_VARIABLE
 from ratchet.monitoring.verdicts import VERDICTS, seconds_of
@@ -197,7 +197,10 @@ def test_a_node_sees_its_own_rounds(busy: Path) -> None:
     done = Done("2026-03-01T10:00:00+00:00", "run", 2, 62, 4, 1.5, 2.5, None, 3.2)
     write_json(busy / NODE / SETTINGS, msgspec.to_builtins(Node("north", "here.example:8092")))
     (busy / NODE / TOOK_PART).write_bytes(msgspec.json.encode(done) + b"\n")
+    own = OwnScores("run", "exact_match", "champion", 92, 0.31, 0.42)
+    write_json(busy / NODE / OWN_SCORES, msgspec.to_builtins(own))
     words = Reader(render_page(busy, CONFIG)).words
+    assert "exact_match 0.310 → 0.420 from the champion to the candidate of run run" in words
     assert "This checkout is the node north , of the coordinator at here.example:8092." in words
     assert "2026-03-01T10:00:00+00:00 2 62 2.5000 – 3.2" in words
 
