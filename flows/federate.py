@@ -30,9 +30,10 @@ def federate(root: str | None = None, reason: str = "by hand") -> Retrained:
     """
     home = project_root(root)
     config = load_config(home / "params.yaml")
-    check_enough(list(read_names(home / FOLDER).values()), config.federate)
-    with locked(home, "federate", wait=False), retraining(home, config) as workspace:
-        return train_with_nodes(workspace, config, reason, bring_up_to_date(workspace, force=True))
+    with locked(home, "federate", wait=False):
+        check_enough(list(read_names(home / FOLDER).values()), config.federate)
+        with retraining(home, config) as workspace:
+            return train_with_nodes(workspace, config, reason, bring_up_to_date(workspace, force=True))
 
 
 def forget(root: Path, config: Config, name: str, reason: str) -> list[int]:
