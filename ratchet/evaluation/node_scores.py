@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 
+from ratchet.evaluation.paired import LOWER_IS_BETTER
 from ratchet.evaluation.statistics import Interval
 
 FILE = "nodes.json"  # among the reports of the training
@@ -88,6 +89,11 @@ def gain_of(sums: Sums, alpha: float) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
+def sign_of(metric: str) -> float:
+    """Return what scores are multiplied by before they are summed, so that more is better."""
+    return -1.0 if metric in LOWER_IS_BETTER else 1.0
+
+
 def read_groups(scores: Path, metric: str, rival: str, least: int) -> dict[str, Sums]:
     """Return the sums of an evaluation's table (scores.parquet): of all test rows, and by kind.
 
@@ -97,11 +103,8 @@ def read_groups(scores: Path, metric: str, rival: str, least: int) -> dict[str, 
     import pandas as pd
 
     table = pd.read_parquet(scores)
-    test, sign = (
-        table[table.batch != GOLDEN],
-        -1.0 if metric == "answer_nll" else 1.0,
-    )  # of NLL, less is better
-    test = test.assign(**{metric: sign * test[metric]})
+    test = table[table.batch != GOLDEN]
+    test = test.assign(**{metric: sign_of(metric) * test[metric]})
     sides = {name: test[test.model == name].set_index("id").sort_index() for name in ("candidate", rival)}
     mine, theirs = sides["candidate"], sides[rival]
     found = {ALL: sum_up(mine[metric].tolist(), theirs[metric].loc[mine.index].tolist())}

@@ -35,7 +35,7 @@ from torch import Tensor
 from ratchet.config.params import load_config
 from ratchet.config.training import AdapterConfig
 from ratchet.errors import DataError, RatchetError, UserError
-from ratchet.evaluation.node_scores import ALL, Sums, read_groups
+from ratchet.evaluation.node_scores import ALL, Sums, read_groups, sign_of
 from ratchet.federation import masking, messages
 from ratchet.federation.aggregation import DOWN
 from ratchet.federation.messages import Message, write_message
@@ -478,8 +478,7 @@ def _deliver(root: Path, folder: Path, message: Message) -> bytes:
 
 def _keep_scores(folder: Path, asked: messages.Score, rival: str, sums: Sums) -> None:
     """Keep the means for the node's own status."""
-    sign = -1 if asked.metric == "answer_nll" else 1  # the sums are of what is better when higher
-    before, after = (sign * total / sums.rows for total in (sums.rival, sums.candidate))
+    before, after = (sign_of(asked.metric) * total / sums.rows for total in (sums.rival, sums.candidate))
     own = OwnScores(asked.run, asked.metric, rival, sums.rows, before, after)
     write_json(folder / OWN_SCORES, msgspec.to_builtins(own))
 

@@ -9,8 +9,6 @@ import msgspec
 from ratchet.federation.link import flower
 from ratchet.federation.link.flower import read_names
 from ratchet.federation.records import (
-    DELIVERED,
-    DELIVERY,
     ENDED,
     NODE,
     RECORD,
@@ -55,7 +53,8 @@ def see_federation(root: Path) -> Federation:
     rounds = sorted(
         (folder / "run/rounds").glob(f"round-*/{RECORD}"), key=lambda path: int(path.parent.name[6:])
     )
-    joined = (root / NODE / SETTINGS).exists()
+    joined, delivered = (root / NODE / SETTINGS).exists(), read_delivery(root)
+    run, ended = folder / "run/run.json", root / ENDED
     return Federation(
         runs,
         {name: number in here for number, name in names.items()},
@@ -63,19 +62,19 @@ def see_federation(root: Path) -> Federation:
         read_trained_rounds(root / "reports/train"),
         read_node(root) if joined else None,
         read_rounds(root),
-        read_delivery(root),
+        delivered,
         read_own_scores(root),
-        _is_taken(root),
-        (root / ENDED).read_text() if not runs and (root / ENDED).exists() else "",
-        read_json(folder / "run/run.json")["run"] if (folder / "run/run.json").exists() else "",
+        delivered is not None and _candidates_run(root) == delivered.run,
+        ended.read_text() if not runs and ended.exists() else "",
+        read_json(run)["run"] if run.exists() else "",
     )
 
 
-def _is_taken(root: Path) -> bool:
-    delivered, candidate = root / NODE / DELIVERED / DELIVERY, root / "models/candidate/manifest.json"
-    if not delivered.exists() or not candidate.exists():
-        return False
-    return bool(read_json(candidate)["inputs"].get("federation") == read_json(delivered)["run"])
+def _candidates_run(root: Path) -> str | None:
+    """Return the run of a federation that the checkout's candidate came out of."""
+    manifest = root / "models/candidate/manifest.json"
+    found: str | None = read_json(manifest)["inputs"].get("federation") if manifest.exists() else None
+    return found
 
 
 def describe(found: Federation) -> list[str]:
