@@ -38,7 +38,7 @@ def write_bytes(path: Path, chunks: Iterable[bytes]) -> None:
 
 
 def write_private(path: Path, data: bytes) -> None:
-    """Write the file completely or not at all, readable by its owner only."""
+    """Write the file completely or not at all, readable by its owner only; it outlasts a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -47,6 +47,11 @@ def write_private(path: Path, data: bytes) -> None:
             out.flush()
             os.fsync(out.fileno())
         temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -150,11 +150,11 @@ def train_together(workspace: Path, root: Path, config: Config, link: Link, say:
         )
     key = read_trained_manifest(workspace / "models/candidate").run_key
     weights = sum(tensor.numel() for tensor in start.adapter.values())
-    scores = _score(workspace, link, plan, config, say)
+    scores = _score(workspace, root / RUN / "scores", link, plan, config, say)
     return _write_reports(workspace / "reports/train", rounds, scores, profile, key, weights, config)
 
 
-def _score(workspace: Path, link: Link, plan: Plan, config: Config, say: Say) -> Scores:
+def _score(workspace: Path, home: Path, link: Link, plan: Plan, config: Config, say: Say) -> Scores:
     """Let the nodes compare the candidate with the champion, or the base, on their own held-out rows."""
     champion = workspace / "models/incumbent"
     folders = {"candidate": workspace / "models/candidate"}
@@ -178,7 +178,7 @@ def _score(workspace: Path, link: Link, plan: Plan, config: Config, say: Say) ->
         round=config.federate.rounds + 1,  # its keys are not those of a round of training
     )
     say("federate: the nodes compare the candidate with the champion, or the base, on their own rows")
-    scores = score_at_nodes(link, plan, asked, tensors)
+    scores = score_at_nodes(link, home, plan, asked, tensors)
     for name, reason in scores.left_out.items():
         say(f"federate: no scores of {name}: {reason}")
     return scores

@@ -8,10 +8,22 @@ others give their shares of its key. The sum is of whole numbers modulo 2⁶⁴,
 The coordinator is expected to relay messages as they are; it learns the sum, who took part, and nothing more,
 unless it works together with as many nodes as the threshold says. A node never reveals both its shares of
 another node's key and of that node's own mask, since both together would show its vector.
+
+A node may be killed between any two writes, and is asked again then. So what a member answers follows from
+its secrets, which are drawn and stored once, and from the question; and its caller stores the first question
+of each step (`Member.state`) before the answer leaves. Asked the same again, it gives the same bytes, which
+tell nothing new. Asked anything else, it gives nothing: two vectors under one mask show their difference,
+letters of two polynomials do not fit together, and shares for two splits show a single vector.
+
+A sum that failed is tried again with fresh keys. A member that has given its shares is not replaced: each
+node does so in one try of a sum at most, and takes part in no later one. As more than half of a try's nodes
+have to give shares before it can be summed, two tries that were summed differ by two nodes at least, and no
+combination of such sums is a single vector.
 """
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -125,27 +137,29 @@ def _pair_mask(ours: X25519PrivateKey, own: int, other: int, theirs: bytes, tag:
 
 
 class Member:
-    """One node in one round. `place` is its number in the round, over 0; `tag` names the round."""
+    """One node in one try of a sum. `place` is its number there, over 0; `tag` names the try."""
 
     def __init__(self, place: int, tag: bytes, threshold: int) -> None:
-        """Draw fresh keys. A key serves one round only: used twice, masks would show differences."""
-        self.place, self._tag, self._threshold = place, tag, threshold
+        """Draw fresh keys. A key serves one try only: used twice, masks would show differences."""
+        self.place, self.tag, self.threshold = place, tag, threshold
         self._key, self._letters = X25519PrivateKey.generate(), X25519PrivateKey.generate()
         self._seed = secrets.token_bytes(SECRET)
         self._publics: dict[int, Publics] = {}
+        self._letters_out: dict[int, bytes] = {}
         self._held: dict[int, tuple[Share, Share]] = {}  # of other nodes: of the key, of the seed
+        self._masked = ""  # sha256 of the letters and of the vector that the masks are for
         self._revealed: tuple[frozenset[int], frozenset[int]] | None = None
-        self._masked = False
 
     def state(self) -> dict[str, Any]:
         """Return all that a restarted node needs to go on, for JSON. It holds secrets: mode 0600."""
         return {
             "place": self.place,
-            "tag": self._tag.hex(),
-            "threshold": self._threshold,
+            "tag": self.tag.hex(),
+            "threshold": self.threshold,
             "keys": [self._key.private_bytes_raw().hex(), self._letters.private_bytes_raw().hex()],
             "seed": self._seed.hex(),
             "publics": {node: [key.hex() for key in keys] for node, keys in self._publics.items()},
+            "letters": {node: letter.hex() for node, letter in self._letters_out.items()},
             "held": {node: [hex(share.value) for share in shares] for node, shares in self._held.items()},
             "masked": self._masked,
             "revealed": self._revealed and [sorted(nodes) for nodes in self._revealed],
@@ -163,6 +177,7 @@ class Member:
             int(node): Publics(*(bytes.fromhex(key) for key in keys))
             for node, keys in state["publics"].items()
         }
+        member._letters_out = {int(node): bytes.fromhex(text) for node, text in state["letters"].items()}
         member._held = {
             int(node): (Share(member.place, int(one, 16)), Share(member.place, int(other, 16)))
             for node, (one, other) in state["held"].items()
@@ -172,6 +187,11 @@ class Member:
             sent, dropped = map(frozenset, state["revealed"])
             member._revealed = (sent, dropped)
         return member
+
+    @property
+    def has_revealed(self) -> bool:
+        """Whether it gave its shares, so that its vector may be in a sum."""
+        return self._revealed is not None
 
     @property
     def publics(self) -> Publics:
@@ -184,36 +204,36 @@ class Member:
         """Return a sealed letter for each other node, with its shares of this node's two secrets.
 
         Raises UserError: there are fewer nodes than the threshold, or at least twice as many, so that two
-        halves could be asked for other shares; or another node has this one's number.
+        halves could be asked for other shares; another node has this one's number; or letters were dealt to
+        other nodes before.
         """
-        self._once(bool(self._publics), "to deal its shares")
-        few = len(publics) < self._threshold
-        if few or len(publics) >= 2 * self._threshold or publics.get(self.place) != self.publics:
+        if self._publics:
+            self._check_same(self._publics == dict(publics), "letters for other nodes")
+            return dict(self._letters_out)
+        few = len(publics) < self.threshold
+        if few or len(publics) >= 2 * self.threshold or publics.get(self.place) != self.publics:
             raise UserError(
-                f"the round has {len(publics)} nodes for a threshold of {self._threshold}; wanted at least "
+                f"the round has {len(publics)} nodes for a threshold of {self.threshold}; wanted at least "
                 "as many, fewer than twice as many, and each with its own keys",
                 remedy="wait for more nodes, or raise the threshold over half of them",
             )
         self._publics = dict(publics)
-        keys = split(self._key.private_bytes_raw(), publics, self._threshold)
-        seeds = split(self._seed, publics, self._threshold)
+        keys = split(self._key.private_bytes_raw(), publics, self.threshold)
+        seeds = split(self._seed, publics, self.threshold)
         self._held[self.place] = (keys[self.place], seeds[self.place])
-        letters = {}
         for other in publics:
             if other != self.place:
                 text = b"".join(share.value.to_bytes(66, "big") for share in (keys[other], seeds[other]))
-                letters[other] = ChaCha20Poly1305(self._letter_key(self.place, other)).encrypt(
-                    NONCE, text, None
-                )
-        return letters
+                cipher = ChaCha20Poly1305(self._letter_key(self.place, other))
+                self._letters_out[other] = cipher.encrypt(NONCE, text, None)
+        return dict(self._letters_out)
 
     def _letter_key(self, sender: int, receiver: int) -> bytes:
         other = receiver if sender == self.place else sender
-        purpose = b"letter" + self._tag + sender.to_bytes(4, "big") + receiver.to_bytes(4, "big")
+        purpose = b"letter" + self.tag + sender.to_bytes(4, "big") + receiver.to_bytes(4, "big")
         return _agree(self._letters, self._publics[other].letters, purpose)
 
-    def receive(self, letters: Mapping[int, bytes]) -> None:
-        """Take in the letters of other nodes, by sender. Raises DataError: one was changed on its way."""
+    def _receive(self, letters: Mapping[int, bytes]) -> None:
         for sender, letter in letters.items():
             try:
                 text = ChaCha20Poly1305(self._letter_key(sender, self.place)).decrypt(NONCE, letter, None)
@@ -224,30 +244,33 @@ class Member:
             values = (int.from_bytes(text[:66], "big"), int.from_bytes(text[66:], "big"))
             self._held[sender] = (Share(self.place, values[0]), Share(self.place, values[1]))
 
-    def mask(self, words: Words) -> Words:
-        """Return the vector with all masks. Only nodes whose letters came take part in the masks.
+    def mask(self, letters: Mapping[int, bytes], words: Words) -> Words:
+        """Return the vector with all masks. Only nodes whose letters came (by sender) take part in them.
 
-        Raises UserError: fewer letters than the threshold.
+        Raises DataError: a letter was changed on its way; UserError: fewer letters than the threshold, or
+        another vector or other letters were masked before.
         """
-        self._once(self._masked, "for its vector")
-        if len(self._held) < self._threshold:
+        texts = b"".join(number.to_bytes(4, "big") + letters[number] for number in sorted(letters))
+        asked = hashlib.sha256(hashlib.sha256(texts).digest() + words.tobytes()).hexdigest()
+        self._check_same(self._masked in ("", asked), "another vector under the same masks")
+        self._receive(letters)
+        if len(self._held) < self.threshold:
             raise UserError(
-                f"letters of {len(self._held)} nodes are here, {self._threshold} are needed",
+                f"letters of {len(self._held)} nodes are here, {self.threshold} are needed",
                 remedy="wait for more nodes, and start the round again",
             )
-        self._masked = True
+        self._masked = asked
         masked = words + _stream(self._seed, words.size)
         for other in self._held:
             if other != self.place:
                 theirs = self._publics[other].masks
-                masked = masked + _pair_mask(self._key, self.place, other, theirs, self._tag, words.size)
+                masked = masked + _pair_mask(self._key, self.place, other, theirs, self.tag, words.size)
         return masked
 
-    def _once(self, done: bool, what: str) -> None:
-        """Raise UserError when a step is asked for again: two different answers would tell more than one."""
-        if done:
+    def _check_same(self, same: bool, what: str) -> None:
+        if not same:
             raise UserError(
-                f"the coordinator asks this node {what} a second time in a round",
+                f"the coordinator asks this node for {what}: a step of a sum has one answer",
                 remedy="this node gives none; leave the federation unless its coordinator can explain it",
             )
 
@@ -258,7 +281,7 @@ class Member:
         before; each would let the coordinator see a single vector.
         """
         asked = (frozenset(sent), frozenset(dropped))
-        if asked[0] & asked[1] or len(asked[0]) < self._threshold or self._revealed not in (None, asked):
+        if asked[0] & asked[1] or len(asked[0]) < self.threshold or self._revealed not in (None, asked):
             raise UserError(
                 f"the coordinator asks for shares that would show a single node's update: of nodes "
                 f"{sorted(asked[0])} as present and {sorted(asked[1])} as away",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import torch
@@ -21,8 +21,13 @@ from ratchet.evaluation.node_scores import Sums
 from ratchet.models.manifests import Together
 
 ENVELOPE = "message"  # the entry of the metadata that holds version and header
-VERSION = 2  # of the messages; both sides have to speak the same
+VERSION = 3  # of the messages; both sides have to speak the same
 MOST = 2**32  # bytes of one message
+# A run's id names folders on a node, so it holds no slash and begins with no dot.
+Run = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")]
+Key = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+Letter = Annotated[str, msgspec.Meta(pattern=r"\A([0-9a-f]{2}){1,1000}\Z")]
+Value = Annotated[str, msgspec.Meta(pattern=r"\A0x[0-9a-f]{1,131}\Z")]  # of a share
 
 
 class Train(msgspec.Struct, frozen=True, tag="train", forbid_unknown_fields=True, kw_only=True):
@@ -34,7 +39,7 @@ class Train(msgspec.Struct, frozen=True, tag="train", forbid_unknown_fields=True
     its update, and gives it under masks.
     """
 
-    run: str
+    run: Run
     round: int
     params: dict[str, dict[str, Any]]
     base: dict[str, Any]
@@ -44,10 +49,14 @@ class Train(msgspec.Struct, frozen=True, tag="train", forbid_unknown_fields=True
 
 
 class Keys(msgspec.Struct, frozen=True, tag="keys", forbid_unknown_fields=True):
-    """Ask a node for its public keys of a round's masks; `place` is its number in the round, from 1."""
+    """Ask a node for its public keys of a sum's masks; `place` is its number in the sum, from 1.
 
-    run: str
+    `attempt` is another one each time that the sum of a round is begun anew.
+    """
+
+    run: Run
     round: int
+    attempt: str
     place: int
     threshold: int
 
@@ -55,24 +64,27 @@ class Keys(msgspec.Struct, frozen=True, tag="keys", forbid_unknown_fields=True):
 class Deal(msgspec.Struct, frozen=True, tag="deal", forbid_unknown_fields=True):
     """Give a node all public keys (place → two keys in hex), and ask for its letters to the others."""
 
-    run: str
+    run: Run
     round: int
-    publics: dict[int, tuple[str, str]]
+    attempt: str
+    publics: dict[int, tuple[Key, Key]]
 
 
 class Mask(msgspec.Struct, frozen=True, tag="mask", forbid_unknown_fields=True):
     """Give a node the letters of the others (sender → hex), and ask for its update, masked."""
 
-    run: str
+    run: Run
     round: int
-    letters: dict[int, str]
+    attempt: str
+    letters: dict[int, Letter]
 
 
 class Reveal(msgspec.Struct, frozen=True, tag="reveal", forbid_unknown_fields=True):
     """Ask a node for its shares: of the masks of those that sent, of the keys of those that dropped out."""
 
-    run: str
+    run: Run
     round: int
+    attempt: str
     sent: list[int]
     dropped: list[int]
 
@@ -85,7 +97,7 @@ class Score(msgspec.Struct, frozen=True, tag="score", forbid_unknown_fields=True
     adapter and evaluate. With `masked` the node keeps its sums of all rows, and gives them under masks.
     """
 
-    run: str
+    run: Run
     params: dict[str, dict[str, Any]]
     base: dict[str, Any]
     adapters: dict[str, dict[str, Any]]  # model → PEFT's description of its adapter
@@ -104,7 +116,7 @@ class Deliver(msgspec.Struct, frozen=True, tag="deliver", forbid_unknown_fields=
     from, or "base".
     """
 
-    run: str
+    run: Run
     version: int | None
     base: dict[str, Any]
     adapter_config: dict[str, Any]  # PEFT's description
@@ -130,12 +142,12 @@ class Trained(msgspec.Struct, frozen=True, tag="trained", forbid_unknown_fields=
 
 
 class Published(msgspec.Struct, frozen=True, tag="published", forbid_unknown_fields=True):
-    masks: str
-    letters: str
+    masks: Key
+    letters: Key
 
 
 class Dealt(msgspec.Struct, frozen=True, tag="dealt", forbid_unknown_fields=True):
-    letters: dict[int, str]  # receiver → hex
+    letters: dict[int, Letter]  # receiver → hex
 
 
 class Masked(msgspec.Struct, frozen=True, tag="masked", forbid_unknown_fields=True):
@@ -143,8 +155,8 @@ class Masked(msgspec.Struct, frozen=True, tag="masked", forbid_unknown_fields=Tr
 
 
 class Revealed(msgspec.Struct, frozen=True, tag="revealed", forbid_unknown_fields=True):
-    keys: dict[int, str]  # of nodes that dropped out → the share's value in hex
-    seeds: dict[int, str]
+    keys: dict[int, Value]  # of nodes that dropped out → the share's value in hex
+    seeds: dict[int, Value]
 
 
 class Scored(msgspec.Struct, frozen=True, tag="scored", forbid_unknown_fields=True):

@@ -6,7 +6,9 @@ holds weights, counts and sums. What went wrong in a stage is told in the node's
 may quote rows; the coordinator learns which stage it was.
 
 A request that was answered before gets the same reply again, so a coordinator that was killed may ask anew.
-One request is answered at a time. A node that was killed in a training goes on from its checkpoint.
+One request is answered at a time. A node that was killed in a training goes on from its checkpoint. One that
+was killed in a step of a secure sum has stored what it was asked, or has said nothing: asked the same again,
+it gives the bytes that it would have given, and no other answer ever (`ratchet.federation.masking`).
 """
 
 from __future__ import annotations
@@ -76,7 +78,7 @@ NO_AUDITS = {
     "slices": [],
     "judge": {},
 }
-WORDS = "words.npy"  # what a node adds to a secure sum, until it gives it under masks
+WORDS = "words.npy"  # what a node adds to a secure sum, under masks
 KEPT_SECONDS = 7 * 86_400  # that a reply can be asked for again
 
 
@@ -144,9 +146,11 @@ class Work(NamedTuple):
 
 def _train(root: Path, folder: Path, message: Message) -> bytes:
     asked: messages.Train = message.header
-    _check_limits(root)
+    rounds = read_rounds(root)
+    others = [done for done in rounds if (done.run, done.round) != (asked.run, asked.round)]
+    known = len(others) < len(rounds)  # killed before its reply was kept, or asked again after a week
+    _check_limits(root, others)
     run = folder / "work" / f"{asked.run}-{asked.round}"
-    known = any((done.run, done.round) == (asked.run, asked.round) for done in read_rounds(root))
     if known and not run.exists():
         raise Refusal(f"this node took part in round {asked.round} of {asked.run} before")
     _clean(folder, asked.run)
@@ -185,8 +189,7 @@ def _train(root: Path, folder: Path, message: Message) -> bytes:
         read_json(work.tokens / "profile.json")["batches"],
     )
     if not known:
-        with (folder / TOOK_PART).open("ab") as out:
-            out.write(msgspec.json.encode(done) + b"\n")
+        write_bytes(folder / TOOK_PART, [msgspec.json.encode(each) + b"\n" for each in (*rounds, done)])
     header = messages.Trained(
         rows=0 if asked.masked else rows,  # the sum tells the rows of all
         steps=done.steps,
@@ -209,15 +212,16 @@ def _clean(folder: Path, run: str) -> None:
     for path in (folder / "work").glob("*"):
         if not path.name.startswith(f"{run}-"):
             shutil.rmtree(path)
-    for path in (folder / "replies").glob("*.safetensors"):
+    for path in (folder / "replies").glob("*"):  # also what a kill left half-written
         if time.time() - path.stat().st_mtime > KEPT_SECONDS:
             path.unlink()
 
 
-def _check_limits(root: Path, *, rounds: bool = True) -> None:
+def _check_limits(root: Path, rounds: Iterable[Done]) -> None:
+    """Raise Refusal: not at this hour, or the other `rounds` that it took part in are as many as it may."""
     node, now = read_node(root), dt.datetime.now(dt.UTC)
-    lately = [done for done in read_rounds(root) if now - dt.datetime.fromisoformat(done.time) < DAY]
-    if rounds and node.rounds_a_day is not None and len(lately) >= node.rounds_a_day:
+    lately = [done for done in rounds if now - dt.datetime.fromisoformat(done.time) < DAY]
+    if node.rounds_a_day is not None and len(lately) >= node.rounds_a_day:
         raise Refusal(f"this node takes part in {node.rounds_a_day} rounds a day, and did so today")
     if node.hours and not _is_open(node.hours, dt.datetime.now().hour):
         raise Refusal(f"this node trains between {node.hours} o'clock of its own time")
@@ -392,7 +396,7 @@ def write_adapter(folder: Path, weights: Mapping[str, Tensor], config: Mapping[s
 
 def _score(root: Path, folder: Path, message: Message) -> bytes:
     asked: messages.Score = message.header
-    _check_limits(root, rounds=False)
+    _check_limits(root, [])
     evaluate = {**asked.params["evaluate"], "metrics": [asked.metric]}
     if asked.metric == "answer_nll":
         evaluate["metrics"] = ["exact_match"]  # the likelihood is always measured
@@ -490,11 +494,16 @@ def _member(folder: Path, asked: Any) -> Path:
     return folder / "work" / f"{asked.run}-{asked.round}" / "member.json"
 
 
-def _restore(folder: Path, asked: Any) -> masking.Member:
+def _known_member(folder: Path, asked: Any) -> masking.Member | None:
     path = _member(folder, asked)
-    if not path.exists():
-        raise Refusal(f"this node has no keys of round {asked.round} of {asked.run}")
-    return masking.Member.restore(read_json(path))
+    return masking.Member.restore(read_json(path)) if path.exists() else None
+
+
+def _restore(folder: Path, asked: Any) -> masking.Member:
+    member = _known_member(folder, asked)
+    if member is None or member.tag != tag_of(asked.run, asked.round, asked.attempt):
+        raise Refusal(f"this node has no keys of this try of round {asked.round} of {asked.run}")
+    return member
 
 
 def _store(folder: Path, asked: Any, member: masking.Member) -> None:
@@ -505,10 +514,15 @@ def _keys(root: Path, folder: Path, message: Message) -> bytes:
     asked: messages.Keys = message.header
     if not (_member(folder, asked).parent / WORDS).exists():
         raise Refusal(f"this node has trained nothing in round {asked.round} of {asked.run}")
-    if _member(folder, asked).exists():
-        raise Refusal("this node gave its keys of this round before; they serve once")
-    member = masking.Member(asked.place, tag_of(asked.run, asked.round), asked.threshold)
-    _store(folder, asked, member)
+    wanted = (asked.place, tag_of(asked.run, asked.round, asked.attempt), asked.threshold)
+    member = _known_member(folder, asked)
+    if member is None or (member.tag != wanted[1] and not member.has_revealed):
+        member = masking.Member(*wanted)  # the keys of an earlier try are gone for good
+        _store(folder, asked, member)
+    if member.tag != wanted[1]:
+        raise Refusal("this node gave its shares of this round in an earlier try, and does so once")
+    if (member.place, member.tag, member.threshold) != wanted:
+        raise Refusal("this node gave its keys of this try before, as another one's or for another threshold")
     return write_message(messages.Published(*(key.hex() for key in member.publics)))
 
 
@@ -527,9 +541,9 @@ def _deal(root: Path, folder: Path, message: Message) -> bytes:
 def _mask(root: Path, folder: Path, message: Message) -> bytes:
     asked: messages.Mask = message.header
     member = _restore(folder, asked)
-    member.receive({sender: bytes.fromhex(letter) for sender, letter in asked.letters.items()})
+    letters = {sender: bytes.fromhex(letter) for sender, letter in asked.letters.items()}
     values = np.frombuffer((_member(folder, asked).parent / WORDS).read_bytes(), np.float64)
-    words = member.mask(masking.encode(values, len(asked.letters) + 1))
+    words = member.mask(letters, masking.encode(values, len(letters) + 1))
     _store(folder, asked, member)
     return write_message(messages.Masked(), {"words": torch.from_numpy(words.view(np.int64))})
 

@@ -7,6 +7,7 @@ where it was: nodes answer a request that they know with the same bytes.
 from __future__ import annotations
 
 import math
+import secrets
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,13 +25,14 @@ from ratchet.federation import aggregation, messages
 from ratchet.federation.aggregation import Aggregate, LowRank
 from ratchet.federation.messages import write_message
 from ratchet.federation.records import RECORD, Part, Round
-from ratchet.federation.secure import Ask, Sum
+from ratchet.federation.secure import SharesMissing, Sum
 from ratchet.federation.state import distance, read_state, state_tensors, updates_of, write_state
 from ratchet.federation.strategies import make_strategy
 from ratchet.files import read_json, write_bytes, write_json
 
 STATE = "global.safetensors"
 NODES = "nodes.json"  # those that are asked in a round
+ATTEMPT = "attempt.json"  # of the secure sum of a round
 SERVER = "strategy.safetensors"  # what a strategy keeps from round to round
 STEP_SECONDS = 120.0  # that a node has for a step without training
 WAIT_SECONDS = 1.0  # between two looks for nodes that are away
@@ -92,8 +94,14 @@ def run_rounds(
         else:
             try:
                 current, record = _run_round(link, folder, current, plan, number, say)
+            except SharesMissing:
+                # Nothing but the shares is asked for again: a node gives them in one try of a sum only.
+                link.forget(f"{plan.run}-{number}-{_attempt(home)}-reveal")
+                raise
             except UserError:
-                # Started again, the round asks again; a node that answered repeats itself.
+                # Started again, the round asks again; a node that answered repeats itself. The sum begins
+                # anew with fresh keys, since other nodes may be there.
+                (home / ATTEMPT).unlink(missing_ok=True)
                 link.forget(f"{plan.run}-{number}-")
                 (home / NODES).unlink(missing_ok=True)
                 raise
@@ -134,7 +142,7 @@ def _run_round(
         say(f"round {number}: without {name}: {reason}")
     _check_enough(received.parts, settings, received.left_out, number)
     if settings.secure:
-        after, rows, received = _sum(link, received, nodes, current, plan, number, factors)
+        after, rows, received = _sum(link, home, received, nodes, current, plan, number, factors)
     else:
         rows = sum(part.rows or 0 for part in received.parts.values())
         after = _aggregate(current, received, home.parent, number, settings)
@@ -291,8 +299,16 @@ def _added(one: Mapping[str, LowRank], other: Mapping[str, LowRank]) -> dict[str
     return found
 
 
+def _attempt(home: Path) -> str:
+    """Return the id of the sum that goes on in this round, or of a new one."""
+    if not (home / ATTEMPT).exists():
+        write_json(home / ATTEMPT, secrets.token_hex(6))
+    return str(read_json(home / ATTEMPT))
+
+
 def _sum(
     link: Link,
+    home: Path,
     received: Received,
     nodes: Mapping[str, str],
     current: Aggregate,
@@ -301,10 +317,7 @@ def _sum(
     factors: str,
 ) -> tuple[Aggregate, int, Received]:
     """Return the aggregate and the number of rows from the nodes' masked sum. Raises UserError."""
-    ask = _step_of(link, plan, number)
-    summed = Sum(plan.run, number, ask, plan.settings.min_nodes).of(
-        list(received.parts), current.adapter, factors
-    )
+    summed = _sum_of(link, plan, number, _attempt(home)).of(list(received.parts), current.adapter, factors)
     left_out = {nodes[node]: reason for node, reason in summed.left_out.items()}
     found = Received(
         {node: received.parts[node] for node in summed.nodes},
@@ -315,20 +328,26 @@ def _sum(
     return Aggregate(summed.weights, current.residual), summed.rows, found
 
 
-def _step_of(link: Link, plan: Plan, number: int) -> Ask:
+def _sum_of(link: Link, plan: Plan, number: int, attempt: str) -> Sum:
     def ask(requests: Mapping[str, bytes], step: str) -> dict[str, bytes | str]:
-        return link.ask(requests, STEP_SECONDS, f"{plan.run}-{number}-{step}")
+        return link.ask(requests, STEP_SECONDS, f"{plan.run}-{number}-{attempt}-{step}")
 
-    return ask
+    return Sum(plan.run, number, attempt, ask, plan.settings.min_nodes)
 
 
-def score_at_nodes(link: Link, plan: Plan, asked: messages.Score, tensors: Mapping[str, Tensor]) -> Scores:
+def score_at_nodes(
+    link: Link, home: Path, plan: Plan, asked: messages.Score, tensors: Mapping[str, Tensor]
+) -> Scores:
     """Ask the nodes that are connected to compare candidate and rival on their own held-out rows.
 
     A node that does not answer with sums is named; none has to. With `asked.masked` the sum of all nodes is
-    all that is learned.
+    all that is learned. `home` is the folder of the comparison: a coordinator that was killed asks the same
+    nodes again.
     """
-    nodes, request = link.nodes(), write_message(asked, tensors)
+    if not (home / NODES).exists():
+        write_json(home / NODES, link.nodes())
+    nodes: dict[str, str] = read_json(home / NODES)
+    request = write_message(asked, tensors)
     replies = link.ask(dict.fromkeys(nodes, request), plan.settings.round_minutes * 60, f"{plan.run}-score")
     found: dict[str, dict[str, Sums]] = {}
     left_out = {}
@@ -351,7 +370,7 @@ def score_at_nodes(link: Link, plan: Plan, asked: messages.Score, tensors: Mappi
     if not asked.masked:
         return Scores(asked.metric, rival, found, left_out)
     there = [node for node, name in nodes.items() if name in found]
-    sum_ = Sum(plan.run, asked.round, _step_of(link, plan, asked.round), plan.settings.min_nodes)
+    sum_ = _sum_of(link, plan, asked.round, _attempt(home))
     try:
         values, summed = sum_.total(there, len(Sums.__struct_fields__))
     except RatchetError as error:

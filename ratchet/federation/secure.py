@@ -1,7 +1,8 @@
 """Sum the updates of nodes under masks, so that the coordinator learns the sum alone.
 
 The nodes' part is in `ratchet.federation.node`, the protocol in `ratchet.federation.masking`. A node that
-drops out at any step costs the round nothing but its own update, as long as over half of them go on.
+drops out at any step costs the round nothing but its own update, as long as over half of them go on. One that
+drops out after it sent its vector costs nothing: the vector is in the sum, and the others' shares are enough.
 """
 
 from __future__ import annotations
@@ -47,16 +48,21 @@ def words_of(trained: Mapping[str, Tensor], start: Mapping[str, Tensor], rows: i
     return np.concatenate([*parts, np.array([float(rows)])])
 
 
-def tag_of(run: str, number: int) -> bytes:
-    return f"{run}/{number}".encode()
+def tag_of(run: str, number: int, attempt: str) -> bytes:
+    return f"{run}/{number}/{attempt}".encode()
+
+
+class SharesMissing(UserError):
+    """The vectors are here, and too few shares of their masks: the same shares can be asked for again."""
 
 
 class Sum:
     """One round's secure sum, seen from the coordinator."""
 
-    def __init__(self, run: str, number: int, ask: Ask, least: int) -> None:
-        """`least` nodes have to be in the sum."""
-        self._run, self._number, self._ask, self._least = run, number, ask, least
+    def __init__(self, run: str, number: int, attempt: str, ask: Ask, least: int) -> None:
+        """`least` nodes have to be in the sum; `attempt` is another one when it is begun anew."""
+        self._which = (run, number, attempt)
+        self._number, self._ask, self._least = number, ask, least
         self.left_out: dict[str, str] = {}
         self._size = 0
 
@@ -69,24 +75,29 @@ class Sum:
     def total(self, nodes: list[str], length: int) -> tuple[Words, list[str]]:
         """Return the sum of the nodes' vectors of this length, and who is in it.
 
-        Raises UserError: too few of them went through.
+        Raises UserError: too few of them went through; SharesMissing: they did, and then went away.
         """
         places = dict(enumerate(sorted(nodes), start=1))
-        threshold = len(places) // 2 + 1
-        run, number = self._run, self._number
+        threshold, which = len(places) // 2 + 1, self._which
+        least = max(self._least, threshold)
+        self._check(places, least)
         published = self._step(
-            "keys", {place: messages.Keys(run, number, place, threshold) for place in places}, places
+            "keys", {place: messages.Keys(*which, place, threshold) for place in places}, places
         )
+        self._check(published, least)
         publics = {place: (found.header.masks, found.header.letters) for place, found in published.items()}
-        dealt = self._step(
-            "deal", {place: messages.Deal(run, number, publics) for place in published}, places
-        )
+        dealt = self._step("deal", {place: messages.Deal(*which, publics) for place in published}, places)
+        for place in list(dealt):
+            if {*dealt[place].header.letters, place} != {*publics}:
+                self.left_out[places[place]] = "deal: its letters are for others than those asked for"
+                del dealt[place]
+        self._check(dealt, least)
         letters = {
             place: {sender: found.header.letters[place] for sender, found in dealt.items() if sender != place}
             for place in dealt
         }
         masked = self._step(
-            "mask", {place: messages.Mask(run, number, theirs) for place, theirs in letters.items()}, places
+            "mask", {place: messages.Mask(*which, theirs) for place, theirs in letters.items()}, places
         )
         vectors = {}
         for place, message in masked.items():
@@ -95,11 +106,23 @@ class Sum:
                 self.left_out[places[place]] = "it sent a vector of another length"
             else:
                 vectors[place] = words.numpy().view(np.uint64)
-        self._check(vectors)
+        self._check(vectors, least)
         sent, dropped = sorted(vectors), sorted(dealt.keys() - vectors.keys())
         revealed = self._step(
-            "reveal", {place: messages.Reveal(run, number, sent, dropped) for place in vectors}, places
+            "reveal", {place: messages.Reveal(*which, sent, dropped) for place in vectors}, places
         )
+        for place in list(revealed):
+            header = revealed[place].header
+            if ([*sorted(header.seeds)], [*sorted(header.keys)]) != (sent, dropped):
+                self.left_out[places[place]] = "reveal: its shares are of others than those asked for"
+                del revealed[place]
+        if len(revealed) < threshold:
+            raise SharesMissing(
+                f"{len(revealed)} nodes gave their shares in round {self._number}, wanted {threshold}: "
+                + self._why,
+                remedy="the champion stays; start the training again when the nodes that are named are back: "
+                "they are asked for the same shares",
+            )
         total = masking.unmask(
             vectors,
             {place: masking.Publics(*map(bytes.fromhex, publics[place])) for place in dealt},
@@ -107,7 +130,7 @@ class Sum:
                 masking.Revealed(_shares(place, found.header.keys), _shares(place, found.header.seeds))
                 for place, found in revealed.items()
             ],
-            tag=tag_of(run, number),
+            tag=tag_of(*which),
             threshold=threshold,
         )
         return masking.decode(total), [places[place] for place in sent]
@@ -131,14 +154,16 @@ class Sum:
                 found[place] = message
             except RatchetError as error:
                 self.left_out[places[place]] = f"{name}: {str(error).splitlines()[0]}"
-        self._check(found)
         return found
 
-    def _check(self, found: Mapping[int, object]) -> None:
-        if len(found) < self._least:
-            why = "; ".join(f"{node}: {reason}" for node, reason in self.left_out.items())
+    @property
+    def _why(self) -> str:
+        return "; ".join(f"{node}: {reason}" for node, reason in self.left_out.items())
+
+    def _check(self, found: Mapping[int, object], least: int) -> None:
+        if len(found) < least:
             raise UserError(
-                f"{len(found)} nodes are in the sum of round {self._number}, wanted {self._least}: {why}",
+                f"{len(found)} nodes are in the sum of round {self._number}, wanted {least}: {self._why}",
                 remedy="the champion stays; mend the nodes that are named, and start the training again",
             )
 

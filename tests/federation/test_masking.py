@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -36,16 +37,16 @@ class Round:
         self.members = {place: Member(place, TAG, threshold) for place in range(1, len(vectors) + 1)}
         self.publics: dict[int, Publics] = {place: member.publics for place, member in self.members.items()}
         letters = {place: member.deal(self.publics) for place, member in self.members.items()}
-        for place, member in self.members.items():
-            member.receive({sender: sent[place] for sender, sent in letters.items() if sender != place})
-        self.letters = letters
+        self.letters = {
+            place: {sender: sent[place] for sender, sent in letters.items() if sender != place}
+            for place in letters
+        }
+
+    def mask(self, place: int) -> Words:
+        return self.members[place].mask(self.letters[place], self.vectors[place - 1])
 
     def masked(self, away: set[int]) -> dict[int, Words]:
-        return {
-            place: member.mask(self.vectors[place - 1])
-            for place, member in self.members.items()
-            if place not in away
-        }
+        return {place: self.mask(place) for place in self.members if place not in away}
 
     def finish(self, away: set[int], silent: frozenset[int] = frozenset()) -> Words:
         """`away`: nodes that never sent their vector; `silent`: those that are gone when shares are asked."""
@@ -141,6 +142,22 @@ def test_a_node_gives_no_shares_that_would_show_a_single_vector(sent: set[int], 
         held.members[1].reveal(sent, dropped)
 
 
+def test_a_restored_member_repeats_itself_and_answers_nothing_else() -> None:
+    held = Round(vectors(4), 3)
+    masked, before = held.masked(set()), held.members[1]
+    shares, letters = before.reveal(masked.keys(), set()), before.deal(held.publics)
+    after = Member.restore(json.loads(json.dumps(before.state())))
+    assert after.publics == before.publics and after.deal(held.publics) == letters
+    assert np.array_equal(after.mask(held.letters[1], held.vectors[0]), masked[1])
+    assert after.reveal(masked.keys(), set()) == shares
+    with pytest.raises(UserError, match="letters for other nodes"):
+        after.deal({place: held.publics[place] for place in (1, 2, 3)})
+    fewer = {sender: letter for sender, letter in held.letters[1].items() if sender != 4}
+    for letters_in, words in ((fewer, held.vectors[0]), (held.letters[1], held.vectors[1])):
+        with pytest.raises(UserError, match="another vector under the same masks"):
+            after.mask(letters_in, words)
+
+
 def test_a_node_answers_one_question_about_who_is_there() -> None:
     member = Round(vectors(4), 3).members[1]
     first = member.reveal({1, 2, 3}, {4})
@@ -162,16 +179,16 @@ def test_too_few_nodes_end_the_round_without_a_sum() -> None:
 
 def test_a_letter_that_was_changed_is_not_opened() -> None:
     held = Round(vectors(3), 2)
-    letter = bytearray(held.letters[2][1])
+    letter = bytearray(held.letters[1][2])
     letter[5] ^= 1
     with pytest.raises(DataError, match="letter of node 2"):
-        held.members[1].receive({2: bytes(letter)})
+        held.members[1].mask(held.letters[1] | {2: bytes(letter)}, held.vectors[0])
 
 
 def test_a_letter_is_for_one_receiver() -> None:
     held = Round(vectors(3), 2)
     with pytest.raises(DataError, match="letter of node 2"):
-        held.members[1].receive({2: held.letters[2][3]})
+        held.members[1].mask(held.letters[1] | {2: held.letters[3][2]}, held.vectors[0])
 
 
 def test_a_wrong_share_is_noticed() -> None:

@@ -316,7 +316,7 @@ def test_nodes_score_their_own_rows_and_send_sums(world: World, raw_rows: list[d
     )
     tensors = {f"candidate:{name}": tensor for name, tensor in world.start.adapter.items()}
     link = Direct({"held": root})
-    found = score_at_nodes(link, plan, asked, tensors)
+    found = score_at_nodes(link, world.folder / "scores", plan, asked, tensors)
     assert not found.left_out, (found.left_out, link.log)
     sums = found.nodes["held"][ALL]
     assert found.rival == "base" and 10 <= sums.rows <= 40
@@ -325,5 +325,6 @@ def test_nodes_score_their_own_rows_and_send_sums(world: World, raw_rows: list[d
     own = read_own_scores(root)
     assert own is not None and (own.run, own.rival, own.rows) == ("scored", "base", sums.rows)
     assert own.before == pytest.approx(own.after) and own.after == pytest.approx(-sums.candidate / sums.rows)
-    few = score_at_nodes(link, plan, msgspec.structs.replace(asked, run="few", least=1000), tensors)
+    more = msgspec.structs.replace(asked, run="few", least=1000)
+    few = score_at_nodes(link, world.folder / "few", plan, more, tensors)
     assert few.nodes == {} and few.left_out == {"held": "it has fewer than 1000 held-out rows"}

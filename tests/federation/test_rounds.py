@@ -397,14 +397,14 @@ def test_under_masks_the_sums_of_scores_are_those_over_all_nodes(tmp_path):
         "c": Sums(51, 40.0, 30.0, 10.0, 12.0),
     }
     link = Scoring(tmp_path, sums)
-    found = score_at_nodes(link, plan(**SECURE), asked_for_scores(), {})
+    found = score_at_nodes(link, tmp_path / "scores", plan(**SECURE), asked_for_scores(), {})
     assert found.together == {ALL: add(list(sums.values()))} and found.rival == "champion"
     assert (found.nodes, found.names, found.count, found.left_out) == ({}, ["a", "b", "c"], 3, {})
     everything = b"".join(link.received)
     assert not any(np.float64(one.candidate).tobytes() in everything for one in sums.values())
     link = Scoring(tmp_path / "two", sums)
     link.away = {"b": "deal"}
-    few = score_at_nodes(link, plan(**SECURE), asked_for_scores(), {})
+    few = score_at_nodes(link, tmp_path / "few", plan(**SECURE), asked_for_scores(), {})
     assert few.together == {} and sorted(few.left_out) == ["a", "b", "c"]
     assert "2 nodes are in the sum of round 3, wanted 3" in few.left_out["a"]
 
@@ -416,24 +416,39 @@ def test_too_many_that_drop_out_end_the_run(tmp_path):
         run_rounds(link, tmp_path / "secure", Aggregate(adapter(1), {}), plan(rounds=1, **SECURE), quiet)
 
 
-def test_a_node_gives_its_keys_once_and_shares_for_one_split(tmp_path):
-    """A coordinator that asks again for other shares would learn a single update from both."""
+def answer(root: Path, asked: messages.Request) -> Any:
+    return messages.read_reply(node.handle(root, write_message(asked))).header
+
+
+def test_a_node_gives_one_answer_to_each_step_and_shares_in_one_try(tmp_path):
+    """Two vectors under one mask, or shares for two splits, would tell of a single update."""
     link = Secure(tmp_path / "nodes", ROWS)
     run_rounds(link, tmp_path / "secure", Aggregate(adapter(1), {}), plan(rounds=1, **SECURE), quiet)
     root = tmp_path / "nodes/a"
+    keys, deal, mask, reveal = [read_request(asked).header for who, asked, _ in link.said if who == "a"][1:]
     for asked, told in (
-        (messages.Keys("run", 1, 1, 3), "they serve once"),
-        (messages.Keys("other", 1, 1, 2), "trained nothing"),
-        (messages.Deal("run", 1, {1: ("", "")}), "could not be answered"),
-        (messages.Mask("run", 1, {2: ""}), "could not be answered"),
-        (messages.Reveal("run", 1, [1, 2], [3]), "could not be answered"),
+        (msgspec.structs.replace(keys, place=2), "gave its keys of this try before"),
+        (msgspec.structs.replace(keys, threshold=3), "gave its keys of this try before"),
+        (msgspec.structs.replace(keys, attempt="another"), "in an earlier try"),
+        (msgspec.structs.replace(keys, run="other"), "trained nothing"),
+        (msgspec.structs.replace(deal, attempt="another"), "no keys of this try"),
+        (msgspec.structs.replace(deal, publics={1: deal.publics[1]}), "could not be answered"),
+        (msgspec.structs.replace(mask, letters={2: mask.letters[2]}), "could not be answered"),
+        (msgspec.structs.replace(reveal, sent=[1, 2], dropped=[3]), "could not be answered"),
     ):
-        reply = messages.read_reply(node.handle(root, write_message(asked))).header
-        assert isinstance(reply, messages.Refused) and told in reply.reason
+        reply = answer(root, asked)
+        assert isinstance(reply, messages.Refused) and told in reply.reason, asked
+    words = root / NODE / f"work/{keys.run}-1/words.npy"
+    before = answer(root, mask)
+    shutil.rmtree(root / NODE / "replies")
+    assert answer(root, mask) == before
+    shutil.rmtree(root / NODE / "replies")
+    write_bytes(words, [(2 * np.frombuffer(words.read_bytes())).tobytes()])  # as if it was trained again
+    assert isinstance(answer(root, mask), messages.Refused)
 
 
 def test_a_replayed_step_of_a_sum_tells_nothing_new(tmp_path):
-    """An old request gets the old reply; without it the keys and the update stay with the node."""
+    """An old request gets the old bytes, from its reply or from the keys; without both it gets none."""
     link = Secure(tmp_path / "nodes", ROWS)
     run_rounds(link, tmp_path / "secure", Aggregate(adapter(1), {}), plan(rounds=1, **SECURE), quiet)
     root = tmp_path / "nodes/a"
@@ -446,10 +461,7 @@ def test_a_replayed_step_of_a_sum_tells_nothing_new(tmp_path):
     ]
     assert all(node.handle(root, asked) == reply for asked, reply in steps)
     shutil.rmtree(root / NODE / "replies")  # as after a week
-    for asked, _ in steps[:3]:
-        assert isinstance(messages.read_reply(node.handle(root, asked)).header, messages.Refused)
-    asked, reply = steps[3]
-    assert node.handle(root, asked) == reply  # the shares of the same split, and no others
+    assert all(node.handle(root, asked) == reply for asked, reply in steps)
     shutil.rmtree(root / NODE / "replies")
     shutil.rmtree(root / NODE / "work")  # as after another run began
     for asked, _ in steps:
