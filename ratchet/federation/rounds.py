@@ -110,7 +110,7 @@ def _run_round(
 ) -> tuple[Aggregate, Round]:
     settings, home, began = plan.settings, folder / f"round-{number}", time.monotonic()
     factors = factors_of(number, settings.aggregation)
-    nodes = _wait_for_nodes(link, home, settings, say)
+    nodes = _nodes_of_round(link, home, settings, say)
     params = {**plan.params, "train": {**plan.params["train"], "factors": factors}}
     request = write_message(
         messages.Train(
@@ -121,6 +121,7 @@ def _run_round(
             adapter_config=plan.adapter_config,
             scale=plan.scale,
             masked=settings.secure,
+            audit_canaries=settings.audit_canaries,
         ),
         state_tensors(current),
     )
@@ -158,12 +159,23 @@ def _run_round(
     return after, record
 
 
-def _wait_for_nodes(link: Link, home: Path, settings: FederateConfig, say: Say) -> dict[str, str]:
+def _nodes_of_round(link: Link, home: Path, settings: FederateConfig, say: Say) -> dict[str, str]:
     """Return the nodes of the round: those that were asked before it was interrupted, or that are here."""
-    note, until, told = home / NODES, time.monotonic() + settings.round_minutes * 60, False
+    note = home / NODES
     if note.exists():
         found: dict[str, str] = read_json(note)
         return found
+    nodes = wait_for_nodes(link, settings, say)
+    write_json(note, nodes)
+    return nodes
+
+
+def wait_for_nodes(link: Link, settings: FederateConfig, say: Say) -> dict[str, str]:
+    """Return the nodes that are connected, as soon as they are enough.
+
+    Raises UserError: after `federate.round_minutes` they are still too few.
+    """
+    until, told = time.monotonic() + settings.round_minutes * 60, False
     while len(nodes := link.nodes()) < settings.min_nodes:
         if time.monotonic() > until:
             raise UserError(
@@ -175,7 +187,6 @@ def _wait_for_nodes(link: Link, home: Path, settings: FederateConfig, say: Say) 
             say(f"waiting for nodes: {len(nodes)} of {settings.min_nodes} are connected")
             told = True
         time.sleep(WAIT_SECONDS)
-    write_json(note, nodes)
     return nodes
 
 
@@ -301,7 +312,7 @@ def _sum(
     factors: str,
 ) -> tuple[Aggregate, int, Received]:
     """Return the aggregate and the number of rows from the nodes' masked sum. Raises UserError."""
-    ask = _step_of(link, plan, number)
+    ask = step_of(link, plan, number)
     summed = Sum(plan.run, number, ask, plan.settings.min_nodes).of(
         list(received.parts), current.adapter, factors
     )
@@ -315,7 +326,9 @@ def _sum(
     return Aggregate(summed.weights, current.residual), summed.rows, found
 
 
-def _step_of(link: Link, plan: Plan, number: int) -> Ask:
+def step_of(link: Link, plan: Plan, number: int) -> Ask:
+    """Return how to ask for the steps of a secure sum."""
+
     def ask(requests: Mapping[str, bytes], step: str) -> dict[str, bytes | str]:
         return link.ask(requests, STEP_SECONDS, f"{plan.run}-{number}-{step}")
 
@@ -351,7 +364,7 @@ def score_at_nodes(link: Link, plan: Plan, asked: messages.Score, tensors: Mappi
     if not asked.masked:
         return Scores(asked.metric, rival, found, left_out)
     there = [node for node, name in nodes.items() if name in found]
-    sum_ = Sum(plan.run, asked.round, _step_of(link, plan, asked.round), plan.settings.min_nodes)
+    sum_ = Sum(plan.run, asked.round, step_of(link, plan, asked.round), plan.settings.min_nodes)
     try:
         values, summed = sum_.total(there, len(Sums.__struct_fields__))
     except RatchetError as error:
