@@ -12,7 +12,7 @@ TORCH_FLAGS := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
 # Prefect again: to import `flows.retrain` takes 8.2 s of CPU, not 3.3; `tasks.evaluate` 12, not 5.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo demo-federated demo-multimodal demo-real federated install test test-e2e test-browser lint bench lock clean-demo
+.PHONY: demo demo-federated demo-multimodal demo-real federated privacy install test test-e2e test-browser lint bench lock clean-demo
 demo: $(VENV)/.core
 	$(BIN)/ratchet demo
 
@@ -26,7 +26,7 @@ demo-real: $(VENV)/.core
 	  else echo "demo-real is skipped: the model cannot be fetched, for the reason above"; fi
 
 # A coordinator and three nodes that train together, each with rows of its own.
-demo-federated: $(VENV)/.core $(VENV)-federated/.made
+demo-federated: $(VENV)/.privacy $(VENV)-federated/.made
 	$(BIN)/python -m ratchet.demo.federated
 
 install: $(VENV)/.core
@@ -61,6 +61,9 @@ bench: $(VENV)/.dev
 # Flower, which carries messages between a coordinator and its nodes, beside the environment of everything else.
 federated: $(VENV)-federated/.made
 
+# Opacus, which accounts for the ε of a training with differential privacy.
+privacy: $(VENV)/.privacy
+
 lock: $(VENV)/bin/uv
 	UV=$(BIN)/uv bash requirements/compile.sh
 
@@ -83,6 +86,11 @@ $(VENV)/.torch: | $(VENV)/bin/uv
 $(VENV)/.core: requirements/py$(MINOR).txt pyproject.toml $(VENV)/.torch
 	$(BIN)/uv pip install --python $(BIN)/python --quiet --no-deps --require-hashes -r $<
 	$(BIN)/uv pip install --python $(BIN)/python --quiet --no-deps --no-build-isolation --editable .
+	$(BIN)/uv pip check --python $(BIN)/python --quiet
+	@touch $@
+
+$(VENV)/.privacy: requirements/py$(MINOR)-privacy.txt $(VENV)/.core
+	$(BIN)/uv pip install --python $(BIN)/python --quiet --no-deps --require-hashes -r $<
 	$(BIN)/uv pip check --python $(BIN)/python --quiet
 	@touch $@
 

@@ -91,6 +91,9 @@ def retrain(
     """
     home = project_root(root)
     config = load_config(home / "params.yaml")
+    with_nodes = config.retrain.trains_with == "nodes"
+    if with_nodes:
+        require_nodes(home, config)
     region = Region(msgspec.convert(topics, list[Topic])) if topics else None
     for source in (
         sources_for(region.topics if region else [], config.monitor) if topics is not None else []
@@ -100,7 +103,7 @@ def retrain(
         if region:
             land_region(workspace, region)
         stale = bring_up_to_date(workspace, force)
-        if config.retrain.trains_with == "nodes":
+        if with_nodes:
             return train_with_nodes(workspace, config, reason, stale)
         return go_round(workspace, config, reason, stale)
 
@@ -116,14 +119,28 @@ def retraining(home: Path, config: Config) -> Iterator[Workspace]:
         yield workspace
 
 
-def train_with_nodes(workspace: Workspace, config: Config, reason: str, stale: set[str]) -> Retrained:
-    """Do what a retraining does, with the rounds of the federation in place of the stage `train`."""
-    from ratchet.federation.link.flower import FOLDER, FlowerLink, check_enough, read_names
-    from tasks.federate import check_trainable, forget_run, train_together  # loads torch
+def require_nodes(home: Path, config: Config) -> None:
+    """Wait until enough nodes are connected to train with, before anything is made for the training.
 
-    home = workspace.root
+    Raises ConfigError: their updates could not be aggregated; UserError: too few are invited or connected;
+    ServiceError: the link to them does not run.
+    """
+    from ratchet.federation.link.flower import FOLDER, FlowerLink, check_enough, read_names
+    from ratchet.federation.rounds import wait_for_nodes
+    from tasks.federate import check_trainable, is_interrupted  # loads torch
+
     check_trainable(config)
     check_enough(list(read_names(home / FOLDER).values()), config.federate)
+    if not is_interrupted(home):  # its nodes may have answered before they went away
+        wait_for_nodes(FlowerLink(home), config.federate, say)
+
+
+def train_with_nodes(workspace: Workspace, config: Config, reason: str, stale: set[str]) -> Retrained:
+    """Do what a retraining does, with the rounds of the federation in place of the stage `train`."""
+    from ratchet.federation.link.flower import FlowerLink
+    from tasks.federate import forget_run, train_together  # loads torch
+
+    home = workspace.root
 
     def train(inside: Workspace) -> None:
         train_together(inside.path, home, config, FlowerLink(home), say)

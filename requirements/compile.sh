@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Resolves pyproject.toml into hashed locks, three a Python minor: core (py311.txt), core + dev (py311-dev.txt) and core + store
-# (py311-store.txt: PostgreSQL and S3 clients, which the image needs).
+# Resolves pyproject.toml into hashed locks, four a Python minor: core (py311.txt), core + dev (py311-dev.txt), core + store
+# (py311-store.txt: PostgreSQL and S3 clients, which the image needs) and core + privacy (py311-privacy.txt: Opacus).
 # torch and the CUDA packages it pulls in stay out: pip installs them first, as the CPU or the CUDA build, by what
 # the machine has (see the Makefile), so that one lock serves both. Run as `make lock`; to upgrade, delete the files first.
 set -euo pipefail
@@ -13,7 +13,7 @@ for package in torch triton cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cu
   skip+=(--no-emit-package "$package")
 done
 for minor in 11 12 13; do
-  for extra in "" dev store; do
+  for extra in "" dev store privacy; do
     out=requirements/py3$minor${extra:+-$extra}.txt
     "$uv" pip compile pyproject.toml --python-version "3.$minor" --python-platform linux ${extra:+--extra $extra} \
       ${extra:+--constraint requirements/py3$minor.txt} ${CONSTRAINTS:+--constraint $CONSTRAINTS} --generate-hashes \

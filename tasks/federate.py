@@ -24,17 +24,20 @@ from ratchet.errors import BaseModelError, ConfigError
 from ratchet.evaluation.node_scores import FILE as SCORES
 from ratchet.evaluation.node_scores import Scores
 from ratchet.federation.aggregation import Aggregate, fold
+from ratchet.federation.audit import audit_at_nodes
 from ratchet.federation.link.flower import FOLDER, FlowerLink
-from ratchet.federation.messages import Score
+from ratchet.federation.messages import Audit, Score
 from ratchet.federation.node import identity, write_adapter
 from ratchet.federation.records import ROUNDS, Round, read_forgotten_nodes
 from ratchet.federation.rounds import Link, Plan, Say, run_rounds, score_at_nodes
-from ratchet.federation.state import split
+from ratchet.federation.state import distance, split, updates_of
 from ratchet.files import read_json, sha256_json, whole_folder, write_json
 from ratchet.models.adapters import complete_version, load_trainable, save_trained
 from ratchet.models.loading import MANIFEST, WEIGHTS, adapter_sha256
 from ratchet.models.manifests import Together, read_trained_manifest
 from ratchet.pipeline.dag import stage_key
+from ratchet.privacy.audit import FILE as CLAIM
+from ratchet.privacy.audit import Claim
 from ratchet.tracking.curve import History
 from ratchet.training.schedule import Figures
 
@@ -67,7 +70,13 @@ def check_trainable(config: Config) -> None:
             f"evaluate.canaries is {config.evaluate.canaries}, audit_canaries "
             f"{config.evaluate.audit_canaries}: "
             "they are planted among rows of this checkout, and nodes train on theirs",
-            remedy="set both to 0 for a federation",
+            remedy="set both to 0 for a federation; `federate.audit_canaries` plants some at each node",
+        )
+    if config.federate.audit_canaries and not train.privacy.epsilon:
+        raise ConfigError(
+            f"federate.audit_canaries is {config.federate.audit_canaries}, and train.privacy.epsilon is not "
+            "set: there is no claim to test",
+            remedy="set `train.privacy.epsilon`, or `federate.audit_canaries: 0`",
         )
     if train.teacher:
         raise ConfigError(
@@ -150,8 +159,48 @@ def train_together(workspace: Path, root: Path, config: Config, link: Link, say:
         )
     key = read_trained_manifest(workspace / "models/candidate").run_key
     weights = sum(tensor.numel() for tensor in start.adapter.values())
+    moved = scale * distance(updates_of(found), updates_of(start))
+    claim = _claim(workspace, root / RUN / "audit", link, plan, config, rounds[-1].rows, moved, say)
     scores = _score(workspace, root / RUN / "scores", link, plan, config, say)
-    return _write_reports(workspace / "reports/train", rounds, scores, profile, key, weights, config)
+    return _write_reports(workspace / "reports/train", rounds, scores, claim, profile, key, weights, config)
+
+
+def _claim(
+    workspace: Path,
+    home: Path,
+    link: Link,
+    plan: Plan,
+    config: Config,
+    rows: int,
+    moved: float,
+    say: Say,
+) -> Claim | None:
+    """Return what the training promises of the nodes' rows, with what their canaries say; None without ε."""
+    privacy, count = config.train.privacy, config.federate.audit_canaries
+    if not privacy.epsilon:
+        return None
+    claim = Claim(privacy.epsilon, privacy.delta, rows, moved)
+    if not count:
+        return claim
+    folder = workspace / "models/candidate"
+    manifest = read_json(folder / MANIFEST)
+    asked = Audit(
+        run=plan.run,
+        base=plan.base,
+        adapter_config=read_json(folder / "adapter_config.json"),
+        record=manifest["adapter"],
+        max_length=manifest["max_length"],
+        batch_size=config.evaluate.batch_size,
+        masked=config.federate.secure,
+        round=config.federate.rounds + 2,  # its keys are not those of a round, or of the comparison
+    )
+    say("federate: the nodes guess which canaries the version was trained on")
+    found = audit_at_nodes(link, home, plan, asked, load_file(folder / WEIGHTS))
+    for name, reason in found.left_out.items():
+        say(f"federate: no audit by {name}: {reason}")
+    return msgspec.structs.replace(
+        claim, canaries=count, guesses=found.guesses, nodes=found.nodes, left_out=found.left_out
+    )
 
 
 def _score(workspace: Path, home: Path, link: Link, plan: Plan, config: Config, say: Say) -> Scores:
@@ -242,6 +291,11 @@ def _run_id(root: Path, inputs: dict[str, str], say: Say) -> str:
     return run
 
 
+def is_interrupted(root: Path) -> bool:
+    """Return whether a run is to be gone on with."""
+    return (root / RUN / "run.json").exists()
+
+
 def forget_run(root: Path) -> None:
     """Remove the state of a run whose candidate has landed, and what was sent in it."""
     note = root / RUN / "run.json"
@@ -254,6 +308,7 @@ def _write_reports(
     reports: Path,
     rounds: Sequence[Round],
     scores: Scores,
+    claim: Claim | None,
     profile: Any,
     key: str,
     weights: int,
@@ -289,4 +344,6 @@ def _write_reports(
         write_json(folder / "figures.json", figures)
         write_json(folder / ROUNDS, msgspec.to_builtins(list(rounds)))
         write_json(folder / SCORES, msgspec.to_builtins(scores))
+        if claim:
+            write_json(folder / CLAIM, msgspec.to_builtins(claim))
     return figures

@@ -25,12 +25,13 @@ from ratchet.gate.alpha_budget import look_number, read_looks
 from ratchet.gate.decision import Evidence, Oldest, decide, judge_audits
 from ratchet.gate.guardrails import judge_nodes, judge_parity
 from ratchet.gate.payoff import training_seconds
-from ratchet.gate.privacy import judge_privacy
+from ratchet.gate.privacy import judge_claim, judge_privacy
 from ratchet.gate.tables import check_rows, read_scores, read_table
 from ratchet.models.adapters import PREFIXED
 from ratchet.models.loading import MANIFEST
 from ratchet.models.manifests import read_trained_manifest
 from ratchet.pipeline.stage import run_stage, say
+from ratchet.privacy.audit import FILE as CLAIM
 from ratchet.promotion.verdict import Candidate, Check, Rival, Speed, Verdict
 
 
@@ -83,7 +84,7 @@ def judge(
         audits=[
             *judge_audits(evaluation, evaluated, scores, rival.model, config),
             *_judge_privacy(evaluation, evaluated, candidate, config),
-            *(judge_nodes(training / NODES, config) if together and training else []),
+            *(_judge_nodes(training, config) if together and training else []),
         ],
         parity=judge_parity(
             parity, adapter, parity_asked, merges=manifest.get("adapter", {}).get("method") not in PREFIXED
@@ -103,6 +104,10 @@ def _judge_privacy(evaluation: Path, evaluated: Metrics, candidate: Path, config
     wanted = evaluated.audit_canaries or 0
     audited = read_table(evaluation / "audit.parquet") if wanted else None
     return [judge_privacy(promise, audited, wanted, config)]
+
+
+def _judge_nodes(training: Path, config: GateConfig) -> list[Check]:
+    return [*judge_claim(training / CLAIM, config), *judge_nodes(training / NODES, config)]
 
 
 def _train_seconds(training: Path | None, run_key: str, config: GateConfig) -> float | None:

@@ -70,6 +70,14 @@ class FederateConfig(Section):
         description="held-out rows of a node below which it sends no sums of their scores: a sum over few "
         "rows would tell of single ones",
     )
+    audit_canaries: int = Field(
+        default=0,
+        ge=0,
+        le=20_000,
+        description="invented rows at each node, each of which is trained on with probability one half; a "
+        "node guesses from the version which were, and from the counts of all nodes the gate computes a "
+        "lower bound of ε (docs/privacy.md); needs `train.privacy.epsilon`; 0: no audit",
+    )
     host: str = Field(
         default="127.0.0.1",
         description="address on which nodes reach the coordinator, over TLS; `0.0.0.0` opens it to other "

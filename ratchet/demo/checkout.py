@@ -23,6 +23,7 @@ from ratchet.services.processes import find_port_fault
 from ratchet.services.supervisor import stop_services
 
 console = Console(highlight=False)
+AUTHOR = ("-c", "user.name=Ratchet", "-c", "user.email=ratchet@localhost")  # for git, of a demo's commits
 
 
 def make_checkout(root: Path, place: Path, values: dict[str, Any]) -> Path:
@@ -66,8 +67,7 @@ def _settle(home: Path, values: dict[str, Any]) -> None:
     # margin lets these users accept that.
     values["rollout"] |= {"steps": [0.1, 0.5, 1.0], "step_minutes": 0.0, "latency_margin": 1.0}
     write_text(params, render_params(Config.model_validate(values)))
-    author = ("-c", "user.name=Ratchet", "-c", "user.email=ratchet@localhost")
-    git(home, *author, "commit", "--quiet", "--all", "--message", "Settle the demo")
+    git(home, *AUTHOR, "commit", "--quiet", "--all", "--message", "Settle the demo")
 
 
 def make_values(model: str, settings: Mapping[str, Any]) -> dict[str, Any]:

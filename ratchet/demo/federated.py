@@ -1,8 +1,9 @@
 """Run `make demo-federated`: a coordinator and three nodes on this machine, each with rows of its own.
 
 Each node mostly holds the documentation of other modules. One table compares each node alone, all rows
-together in one place, which is the bound, and what the nodes learn together without sharing a row; then the
-gate judges it. Every figure is read from an evaluation on the coordinator's rows, which no node has.
+together in one place, which is the bound, and what the nodes learn together without sharing a row, without
+and with differential privacy; the gate judges both versions. Every figure is read from an evaluation on the
+coordinator's rows, which no node has.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import xxhash
@@ -23,6 +24,7 @@ from ratchet.config.data import PydocSource
 from ratchet.config.docs import render_params
 from ratchet.config.params import Config
 from ratchet.demo.checkout import (
+    AUTHOR,
     cell,
     console,
     free_port,
@@ -33,12 +35,14 @@ from ratchet.demo.checkout import (
     shown,
     step,
 )
-from ratchet.evaluation.report import read_metrics
-from ratchet.federation.status import see_federation
+from ratchet.evaluation.report import Metrics, read_metrics
+from ratchet.federation.records import Round, read_trained_rounds
 from ratchet.files import write_bytes, write_json, write_text
 from ratchet.models.manifests import MANIFEST
+from ratchet.pipeline.checkout import git
 from ratchet.pipeline.stage import project_root
-from ratchet.promotion.verdict import read_verdict
+from ratchet.promotion.champion import read_champion
+from ratchet.promotion.verdict import Verdict, read_verdict
 from ratchet.sources.pydoc import harvest
 
 PLACE = Path(".ratchet/federated")
@@ -65,6 +69,21 @@ SETTINGS: dict[str, Any] = {
     "federate": {"rounds": ROUNDS, "min_nodes": 3},
     "promotion": "auto",
 }
+EPSILON = 8.0
+# The same passes in half the rounds. Noise is added to every weight, so a small rank loses less to it.
+PRIVATE: dict[str, Any] = {
+    "train": {"start_from": "base", "epochs": 6.0, "privacy": {"epsilon": EPSILON, "batch_rows": 400}},
+    "adapter": {"rank": 4, "alpha": 8.0},
+    "federate": {"rounds": 2},
+}
+
+
+class Judged(NamedTuple):
+    """A version of the federation: its evaluation, the gate's verdict, its rounds."""
+
+    metrics: Metrics
+    verdict: Verdict
+    rounds: list[Round]
 
 
 def deal_rows() -> dict[str, list[bytes]]:
@@ -115,9 +134,17 @@ def run_demo(root: Path, *, compare: bool = True) -> None:
     step(f"3  {ROUNDS} rounds: the adapter goes out, each node trains it, the updates become one")
     ratchet(coordinator, "federate", "run", "--reason", "three nodes, no row shared")
     ratchet(coordinator, "federate", "status")
+    together = _judged(coordinator)
+    step(f"4  The same rows with differential privacy, ε = {EPSILON:g}: its version meets the same gate")
+    _ask_for_privacy(coordinator)
+    ratchet(coordinator, "federate", "run", "--reason", f"the same rows with ε = {EPSILON:g}")
+    private = _judged(coordinator)
     alone = _compare(root, base, rows, nodes, coordinator) if compare else {}
-    _print_table(coordinator, alone)
-    _print_verdict(coordinator)
+    _print_table(together, private, alone)
+    _print_verdict("three nodes", together)
+    _print_verdict(f"three nodes, ε = {EPSILON:g}", private)
+    if champion := read_champion(coordinator):
+        console.print(f"in charge: [bold]v{champion.version}[/bold], {champion.why}")
     console.print(f"\n[bold]{time.perf_counter() - began:.0f} s[/bold] in all")
     there = shown(coordinator)
     console.print(
@@ -130,7 +157,7 @@ def _compare(
     root: Path, base: Path, rows: dict[str, list[bytes]], nodes: dict[str, Path], coordinator: Path
 ) -> dict[str, Path]:
     """Train each node alone, and on all rows in one place; return their checkouts."""
-    step("4  For comparison: each node alone, and all rows together in one place, as long as the rounds")
+    step("5  For comparison: each node alone, and all rows together in one place, as long as the rounds")
     everything = [row for name in NODES for row in rows[name]]
     alone = {"all rows in one place": _make_node(root, "together", base, everything), **nodes}
     for home in nodes.values():  # what a node trains now is not a round
@@ -206,33 +233,52 @@ def _train_alone(home: Path, coordinator: Path) -> None:
         run(home, [*command, *flags], told=f"python -m tasks.{stage} in {shown(home)}")
 
 
-def _print_table(coordinator: Path, alone: dict[str, Path]) -> None:
+def _ask_for_privacy(coordinator: Path) -> None:
+    """Change the settings as a user would: in params.yaml, with a commit."""
+    params = coordinator / "params.yaml"
+    values = msgspec.yaml.decode(params.read_bytes())
+    for section, settings in PRIVATE.items():
+        values[section] = values.get(section, {}) | settings
+    write_text(params, render_params(Config.model_validate(values)))
+    git(coordinator, *AUTHOR, "commit", "--quiet", "--all", "--message", f"Ask for ε = {EPSILON:g}")
+
+
+def _judged(coordinator: Path) -> Judged:
+    reports = coordinator / "reports"
+    return Judged(
+        read_metrics(reports / "evaluation"),
+        read_verdict(reports / "gate.json"),
+        read_trained_rounds(reports / "train"),
+    )
+
+
+def _print_table(together: Judged, private: Judged, alone: dict[str, Path]) -> None:
     table = Table(
         title="exact match on the coordinator's rows, which no node has [95 % interval]", title_justify="left"
     )
     for title in ("trained by", "test rows", "golden rows"):
         table.add_column(title)
-    found = read_metrics(coordinator / "reports/evaluation").slices
-    alone = dict(sorted(alone.items(), key=lambda item: item[0] not in NODES))
-    lines = [("nobody: the base", found, "base")]
-    for name, home in alone.items():
-        own = read_metrics(home / ".ratchet/alone/evaluation").slices
-        lines.append((f"{name} alone" if name in NODES else name, own, "candidate"))
-    lines.append((f"[bold]{len(NODES)} nodes together, no row shared[/bold]", found, "candidate"))
-    for told, slices, model in lines:
-        cells = (cell(slices[part][model].scores["exact_match"]) for part in ("test", "golden"))
+    own = {name: read_metrics(home / ".ratchet/alone/evaluation") for name, home in alone.items()}
+    lines = [
+        ("nobody: the base", together.metrics, "base"),
+        *((f"{name} alone", own[name], "candidate") for name in NODES if name in own),
+        (f"three nodes together, ε = {EPSILON:g} for each row", private.metrics, "candidate"),
+        ("[bold]three nodes together, no row shared[/bold]", together.metrics, "candidate"),
+        *((name, found, "candidate") for name, found in own.items() if name not in NODES),
+    ]
+    for told, metrics, model in lines:
+        cells = (cell(metrics.slices[part][model].scores["exact_match"]) for part in ("test", "golden"))
         table.add_row(told, *cells)
     console.print(table)
 
 
-def _print_verdict(coordinator: Path) -> None:
-    decision, rounds = read_verdict(coordinator / "reports/gate.json"), see_federation(coordinator).last
-    sent = sum(each.sent_bytes + each.received_bytes for each in rounds) / 2**20
+def _print_verdict(name: str, found: Judged) -> None:
+    sent = sum(each.sent_mib for each in found.rounds)
     console.print(
-        f"gate: [bold]{decision.verdict}[/bold] — trained by {len(rounds[-1].nodes)} nodes in {len(rounds)} "
-        f"rounds; {sent:.1f} MiB went between them"
+        f"gate: [bold]{found.verdict.verdict}[/bold] — {name}, {len(found.rounds)} rounds; {sent:.1f} MiB "
+        "went between them"
     )
-    for reason in decision.reasons:
+    for reason in found.verdict.reasons:
         console.print(f"  {reason}", markup=False)
 
 

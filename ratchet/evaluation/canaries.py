@@ -41,15 +41,15 @@ def make_references(count: int) -> list[Canary]:
     return [_canary(f"reference {number}") for number in range(count)]
 
 
-def make_audit_canaries(count: int, champion: str) -> list[tuple[Canary, bool]]:
-    """Make the canaries of the audit of ε, each with whether it is planted: by a fair, fixed coin.
+def make_audit_canaries(count: int, key: str) -> list[tuple[Canary, bool]]:
+    """Make the canaries of the audit of ε, each with whether it is planted: by a fair coin, fixed by `key`.
 
-    `champion`: sha256 of its adapter, or "". Each champion's challengers get other canaries, since the
-    champion may know its own.
+    `key`: sha256 of the champion's adapter, or ""; at a node of a federation a secret. Each champion's
+    challengers get other canaries, since the champion may know its own.
     """
-    keys = [f"{champion} {number}" for number in range(count)]
-    coins = [hashlib.sha256(f"canary coin {key}".encode()).digest()[0] % 2 == 1 for key in keys]
-    return [(_canary(f"audit {key}"), planted) for key, planted in zip(keys, coins, strict=True)]
+    keys = [f"{key} {number}" for number in range(count)]
+    coins = [hashlib.sha256(f"canary coin {one}".encode()).digest()[0] % 2 == 1 for one in keys]
+    return [(_canary(f"audit {one}"), planted) for one, planted in zip(keys, coins, strict=True)]
 
 
 def alternatives(canary: Canary) -> list[str]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from ratchet.errors import DataError
 from ratchet.evaluation.node_scores import Sums
 from ratchet.models.manifests import Together
+from ratchet.privacy.audit import Guesses
 
 ENVELOPE = "message"  # the entry of the metadata that holds version and header
 VERSION = 3  # of the messages; both sides have to speak the same
@@ -36,7 +37,7 @@ class Train(msgspec.Struct, frozen=True, tag="train", forbid_unknown_fields=True
     `params` are the coordinator's sections tokenize, train and adapter; `base` is its base's identity. The
     tensors' names begin with `global:`, and with `residual:` where factors miss something. `adapter_config`
     is PEFT's description of the adapter, `scale` what updates are multiplied by. With `masked` the node keeps
-    its update, and gives it under masks.
+    its update, and gives it under masks. About half of `audit_canaries` rows are trained on as well.
     """
 
     run: Run
@@ -46,6 +47,7 @@ class Train(msgspec.Struct, frozen=True, tag="train", forbid_unknown_fields=True
     adapter_config: dict[str, Any]
     scale: float
     masked: bool = False
+    audit_canaries: int = 0
 
 
 class Keys(msgspec.Struct, frozen=True, tag="keys", forbid_unknown_fields=True):
@@ -109,6 +111,22 @@ class Score(msgspec.Struct, frozen=True, tag="score", forbid_unknown_fields=True
     round: int = 0  # of the secure sum
 
 
+class Audit(msgspec.Struct, frozen=True, tag="audit", forbid_unknown_fields=True, kw_only=True):
+    """Ask a node to guess from the version, whose adapter is the tensors, which canaries it was trained on.
+
+    With `masked` the node keeps its counts, and gives them under masks.
+    """
+
+    run: Run
+    base: dict[str, Any]
+    adapter_config: dict[str, Any]  # PEFT's description
+    record: dict[str, Any]  # its section `adapter` of params.yaml
+    max_length: int  # of a row, in tokens
+    batch_size: int
+    masked: bool = False
+    round: int = 0  # of the secure sum
+
+
 class Deliver(msgspec.Struct, frozen=True, tag="deliver", forbid_unknown_fields=True, kw_only=True):
     """Give a node the version that came out; its adapter is the tensors.
 
@@ -126,7 +144,7 @@ class Deliver(msgspec.Struct, frozen=True, tag="deliver", forbid_unknown_fields=
     federation: Together
 
 
-Request = Train | Keys | Deal | Mask | Reveal | Score | Deliver
+Request = Train | Keys | Deal | Mask | Reveal | Score | Audit | Deliver
 
 
 class Trained(msgspec.Struct, frozen=True, tag="trained", forbid_unknown_fields=True, kw_only=True):
@@ -163,6 +181,12 @@ class Scored(msgspec.Struct, frozen=True, tag="scored", forbid_unknown_fields=Tr
     groups: dict[str, Sums]
 
 
+class Audited(msgspec.Struct, frozen=True, tag="audited", forbid_unknown_fields=True):
+    """A node's answer to Audit; None: it gives the counts under masks."""
+
+    guesses: Guesses | None
+
+
 class Delivered(msgspec.Struct, frozen=True, tag="delivered", forbid_unknown_fields=True):
     """A node keeps the version that it was given."""
 
@@ -173,7 +197,7 @@ class Refused(msgspec.Struct, frozen=True, tag="refused", forbid_unknown_fields=
     reason: str
 
 
-Reply = Trained | Published | Dealt | Masked | Revealed | Scored | Delivered | Refused
+Reply = Trained | Published | Dealt | Masked | Revealed | Scored | Audited | Delivered | Refused
 
 
 class Message(NamedTuple):

@@ -40,6 +40,7 @@ from ratchet.errors import DataError, RatchetError, UserError
 from ratchet.evaluation.node_scores import ALL, Sums, read_groups, sign_of
 from ratchet.federation import masking, messages
 from ratchet.federation.aggregation import DOWN
+from ratchet.federation.audit import DRAWN, Drawn, guess_planted, keep_drawn, words_of_guesses
 from ratchet.federation.messages import Message, write_message
 from ratchet.federation.records import (
     DELIVERED,
@@ -64,7 +65,7 @@ from ratchet.pipeline.stage import say
 
 IDENTITY = ("model", "revision", "files", "weights")  # of a base
 DAY = dt.timedelta(days=1)
-# Audits are the coordinator's: they would plant rows, or ask a judge on another machine.
+# These audits are the coordinator's: they would plant rows, or ask a judge on another machine.
 NO_AUDITS = {
     "canaries": 0,
     "audit_canaries": 0,
@@ -154,7 +155,9 @@ def _train(root: Path, folder: Path, message: Message) -> bytes:
     if known and not run.exists():
         raise Refusal(f"this node took part in round {asked.round} of {asked.run} before")
     _clean(folder, asked.run)
-    work = prepare(root, folder, asked.params, asked.base)
+    number = asked.audit_canaries
+    drawn = keep_drawn(_canaries(folder, asked.run), number) if number else None
+    work = prepare(root, folder, asked.params, asked.base, drawn=drawn)
     write_start(
         run / "start", message.tensors, asked.adapter_config, asked.scale, asked.params["adapter"], asked.base
     )
@@ -238,10 +241,12 @@ def prepare(
     params: Mapping[str, Any],
     base: Mapping[str, Any],
     more: Mapping[str, Any] = MappingProxyType({}),
+    drawn: Drawn | None = None,
 ) -> Work:
     """Run the stages before the training where something changed since they ran.
 
-    `more` are sections for a stage after them. Raises Refusal.
+    `more` are sections for a stage after them; canaries that were `drawn` are planted among the tokens.
+    Raises Refusal.
     """
     config = load_config(root / "params.yaml").model_dump(mode="json")
     config |= {name: dict(params[name]) for name in ("tokenize", "train", "adapter")}
@@ -250,7 +255,7 @@ def prepare(
     config["gate"]["guardrails"] = []
     for section, values in more.items():
         config[section] |= values
-    config["evaluate"] |= NO_AUDITS
+    config["evaluate"] |= NO_AUDITS | ({"audit_canaries": drawn.number} if drawn else {})
     most, privacy = read_node(root).epsilon, config["train"]["privacy"]
     if most is not None:
         if privacy["epsilon"] is None or privacy["epsilon"] > most:
@@ -259,11 +264,13 @@ def prepare(
                 f"this node's rows may spend ε = {most:g} at most, and the coordinator asks for {seen}"
             )
         config["train"]["privacy"] = privacy | {"budget": most}
-    work = Work(folder / "base", folder / "prepared", folder / "tokenized", folder / "params.yaml")
+    place = folder / "planted" if drawn else folder
+    work = Work(folder / "base", folder / "prepared", place / "tokenized", folder / "params.yaml")
     write_bytes(work.params, [json.dumps(config, indent=1).encode()])
-    nobody = folder / "nobody"
-    nobody.mkdir(exist_ok=True)
-    write_json(nobody / MANIFEST, {"version": None, "batches": []})
+    nobody = place / "nobody"
+    nobody.mkdir(parents=True, exist_ok=True)
+    key = {"adapter_sha256": drawn.key} if drawn else {}  # from which `tokenize` draws, too
+    write_json(nobody / MANIFEST, {"version": None, "batches": [], **key})
     data = root / "data"
     if not any((data / "raw").glob("**/*.jsonl")):
         raise Refusal("this node holds no batch of rows")
@@ -280,6 +287,7 @@ def prepare(
             "base": dict(base),
             "tokenize": config["tokenize"],
             "objective": config["train"]["objective"],
+            **(drawn._asdict() if drawn else {}),
         }
     )
     paths = {"prepared": work.prepared, "base": work.base, "incumbent": nobody}
@@ -412,18 +420,7 @@ def _score(root: Path, folder: Path, message: Message) -> bytes:
         }
         if not weights:
             continue
-        with whole_folder(home) as whole:
-            write_adapter(whole, weights, asked.adapters[name])
-            complete_version(
-                whole,
-                work.base,
-                run_key=f"{asked.run}-{name}",
-                inputs={},
-                batches=[],
-                profile={"max_length": asked.max_length},
-                adapter=AdapterConfig(**asked.records[name]),
-                more={"version": 0},
-            )
+        _write_version(home, work.base, weights, asked.adapters[name], asked.records[name], asked.max_length)
     rival = "champion" if folders["champion"].exists() else "base"
     paths = {
         "params": work.params,
@@ -448,6 +445,54 @@ def _score(root: Path, folder: Path, message: Message) -> bytes:
     place.mkdir(parents=True, exist_ok=True)
     write_bytes(place / WORDS, [np.array(msgspec.structs.astuple(groups[ALL]), np.float64).tobytes()])
     return write_message(messages.Scored({}))
+
+
+def _write_version(
+    home: Path,
+    base: Path,
+    weights: Mapping[str, Tensor],
+    adapter_config: Mapping[str, Any],
+    record: Mapping[str, Any],
+    max_length: int,
+) -> None:
+    """Write a version that the coordinator sent, to be asked here."""
+    with whole_folder(home) as whole:
+        write_adapter(whole, weights, adapter_config)
+        complete_version(
+            whole,
+            base,
+            run_key=home.name,
+            inputs={},
+            batches=[],
+            profile={"max_length": max_length},
+            adapter=AdapterConfig(**record),
+            more={"version": 0},
+        )
+
+
+def _canaries(folder: Path, run: str) -> Path:
+    return folder / "work" / f"{run}-canaries"
+
+
+def _audit(root: Path, folder: Path, message: Message) -> bytes:
+    asked: messages.Audit = message.header
+    _check_limits(root, rounds=False)
+    kept, version = _canaries(folder, asked.run), folder / "work" / f"{asked.run}-audited"
+    if not (kept / DRAWN).exists():
+        raise Refusal(f"this node has planted no canaries in {asked.run}")
+    check_base(folder / "base", asked.base)
+    messages.check_finite(message.tensors)
+    _write_version(
+        version, folder / "base", message.tensors, asked.adapter_config, asked.record, asked.max_length
+    )
+    guesses = guess_planted(folder / "base", version, keep_drawn(kept), asked.batch_size)
+    shutil.rmtree(version)
+    if not asked.masked:
+        return write_message(messages.Audited(guesses))
+    place = _member(folder, asked).parent
+    place.mkdir(parents=True, exist_ok=True)
+    write_bytes(place / WORDS, [words_of_guesses(guesses).tobytes()])
+    return write_message(messages.Audited(None))
 
 
 # --- the version that came out ---
@@ -564,6 +609,7 @@ def _reveal(root: Path, folder: Path, message: Message) -> bytes:
 ANSWERS: dict[Any, Callable[[Path, Path, Message], bytes]] = {
     messages.Train: _train,
     messages.Score: _score,
+    messages.Audit: _audit,
     messages.Deliver: _deliver,
     messages.Keys: _keys,
     messages.Deal: _deal,

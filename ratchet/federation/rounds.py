@@ -118,7 +118,7 @@ def _run_round(
 ) -> tuple[Aggregate, Round]:
     settings, home, began = plan.settings, folder / f"round-{number}", time.monotonic()
     factors = factors_of(number, settings.aggregation)
-    nodes = _wait_for_nodes(link, home, settings, say)
+    nodes = _nodes_of_round(link, home, settings, say)
     params = {**plan.params, "train": {**plan.params["train"], "factors": factors}}
     request = write_message(
         messages.Train(
@@ -129,6 +129,7 @@ def _run_round(
             adapter_config=plan.adapter_config,
             scale=plan.scale,
             masked=settings.secure,
+            audit_canaries=settings.audit_canaries,
         ),
         state_tensors(current),
     )
@@ -166,12 +167,23 @@ def _run_round(
     return after, record
 
 
-def _wait_for_nodes(link: Link, home: Path, settings: FederateConfig, say: Say) -> dict[str, str]:
+def _nodes_of_round(link: Link, home: Path, settings: FederateConfig, say: Say) -> dict[str, str]:
     """Return the nodes of the round: those that were asked before it was interrupted, or that are here."""
-    note, until, told = home / NODES, time.monotonic() + settings.round_minutes * 60, False
+    note = home / NODES
     if note.exists():
         found: dict[str, str] = read_json(note)
         return found
+    nodes = wait_for_nodes(link, settings, say)
+    write_json(note, nodes)
+    return nodes
+
+
+def wait_for_nodes(link: Link, settings: FederateConfig, say: Say) -> dict[str, str]:
+    """Return the nodes that are connected, as soon as they are enough.
+
+    Raises UserError: after `federate.round_minutes` they are still too few.
+    """
+    until, told = time.monotonic() + settings.round_minutes * 60, False
     while len(nodes := link.nodes()) < settings.min_nodes:
         if time.monotonic() > until:
             raise UserError(
@@ -183,7 +195,6 @@ def _wait_for_nodes(link: Link, home: Path, settings: FederateConfig, say: Say) 
             say(f"waiting for nodes: {len(nodes)} of {settings.min_nodes} are connected")
             told = True
         time.sleep(WAIT_SECONDS)
-    write_json(note, nodes)
     return nodes
 
 
@@ -317,7 +328,7 @@ def _sum(
     factors: str,
 ) -> tuple[Aggregate, int, Received]:
     """Return the aggregate and the number of rows from the nodes' masked sum. Raises UserError."""
-    summed = _sum_of(link, plan, number, _attempt(home)).of(list(received.parts), current.adapter, factors)
+    summed = sum_of(link, plan, number, home).of(list(received.parts), current.adapter, factors)
     left_out = {nodes[node]: reason for node, reason in summed.left_out.items()}
     found = Received(
         {node: received.parts[node] for node in summed.nodes},
@@ -328,7 +339,10 @@ def _sum(
     return Aggregate(summed.weights, current.residual), summed.rows, found
 
 
-def _sum_of(link: Link, plan: Plan, number: int, attempt: str) -> Sum:
+def sum_of(link: Link, plan: Plan, number: int, home: Path) -> Sum:
+    """Return the secure sum that goes on in this round, whose files are in `home`, or a new one."""
+    attempt = _attempt(home)
+
     def ask(requests: Mapping[str, bytes], step: str) -> dict[str, bytes | str]:
         return link.ask(requests, STEP_SECONDS, f"{plan.run}-{number}-{attempt}-{step}")
 
@@ -370,7 +384,7 @@ def score_at_nodes(
     if not asked.masked:
         return Scores(asked.metric, rival, found, left_out)
     there = [node for node, name in nodes.items() if name in found]
-    sum_ = _sum_of(link, plan, asked.round, _attempt(home))
+    sum_ = sum_of(link, plan, asked.round, home)
     try:
         values, summed = sum_.total(there, len(Sums.__struct_fields__))
     except RatchetError as error:

@@ -45,7 +45,7 @@ def require_opacus() -> None:
     if find_spec("opacus") is None:
         raise ConfigError(
             "`train.privacy.epsilon` is set, and Opacus, which accounts for it, is not installed",
-            remedy="pip install 'ratchet[privacy]', or set `train.privacy.epsilon: null`",
+            remedy="make privacy, or pip install 'ratchet[privacy]', or set `train.privacy.epsilon: null`",
         )
 
 

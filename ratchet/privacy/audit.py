@@ -10,8 +10,10 @@ is no proof, a high one is.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 from scipy import stats
@@ -19,6 +21,7 @@ from scipy import stats
 SHARES = (0.02, 0.05, 0.1, 0.25, 0.5)  # of the canaries that are guessed as planted, and as many as not
 HIGHEST = 50.0  # ε of which no audit of feasible size can tell more
 ROUNDS = 24  # of the bisection
+FILE = "claim.json"  # among the reports of a federation's training
 
 
 class Bound(NamedTuple):
@@ -29,6 +32,31 @@ class Bound(NamedTuple):
     right: int
 
 
+class Guesses(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What was guessed about canaries; for each of SHARES: how many guesses were made, and how many right."""
+
+    canaries: int
+    made: list[int]
+    right: list[int]
+
+
+class Claim(msgspec.Struct, frozen=True):
+    """What a federation's training promises of each row at its nodes, and what their canaries say of it.
+
+    `moved` is the length of what the rounds changed in the weights. `canaries` were asked for at each node;
+    `guesses` are those of all `nodes` together, None without any; `left_out`: name → reason.
+    """
+
+    epsilon: float  # of this training alone
+    delta: float
+    rows: int
+    moved: float
+    canaries: int = 0
+    guesses: Guesses | None = None
+    nodes: list[str] = []
+    left_out: dict[str, str] = {}
+
+
 def lower_bound(
     scores: npt.NDArray[np.float64], planted: npt.NDArray[np.bool_], *, delta: float, alpha: float
 ) -> Bound:
@@ -37,15 +65,44 @@ def lower_bound(
     `scores`, (canaries,), are higher where the model knows a canary better; `planted`, (canaries,), was drawn
     independently with probability one half. The numbers of guesses are fixed beforehand and share `alpha`.
     """
-    order = np.argsort(-scores, kind="stable")
-    total, found = len(scores), Bound(0.0, 0, 0)
-    for share in SHARES:
-        side = min(max(1, round(share * total)), total // 2)
-        right = int(planted[order[:side]].sum() + (~planted[order[total - side :]]).sum())
-        epsilon = _bound(total, 2 * side, right, delta, alpha / len(SHARES))
-        if epsilon >= found.epsilon:
-            found = Bound(epsilon, 2 * side, right)
-    return found
+    return bound_of(guess(scores, planted), delta=delta, alpha=alpha)
+
+
+def guess(scores: npt.NDArray[np.float64], planted: npt.NDArray[np.bool_]) -> Guesses:
+    """Guess that the canaries with the highest scores were planted, and those with the lowest were not."""
+    order, total = np.argsort(-scores, kind="stable"), len(scores)
+    sides = [min(max(1, round(share * total)), total // 2) for share in SHARES]
+    right = [int(planted[order[:side]].sum() + (~planted[order[total - side :]]).sum()) for side in sides]
+    return Guesses(total, [2 * side for side in sides], right)
+
+
+def bound_of(found: Guesses, *, delta: float, alpha: float) -> Bound:
+    """Return the lower bound of ε that follows from guesses, too high with probability `alpha` at most."""
+    best = Bound(0.0, 0, 0)
+    for made, right in zip(found.made, found.right, strict=True):
+        epsilon = _bound(found.canaries, made, right, delta, alpha / len(SHARES))
+        if epsilon >= best.epsilon:
+            best = Bound(epsilon, made, right)
+    return best
+
+
+def add_guesses(parts: Sequence[Guesses]) -> Guesses:
+    """Return the guesses of several parties together, whose canaries are different ones."""
+    return Guesses(
+        sum(part.canaries for part in parts),
+        [sum(counts) for counts in zip(*(part.made for part in parts), strict=True)],
+        [sum(counts) for counts in zip(*(part.right for part in parts), strict=True)],
+    )
+
+
+def check_guesses(found: Guesses) -> str | None:
+    """Return what is wrong with guesses that somebody sent, or None."""
+    if len(found.made) != len(SHARES) or len(found.right) != len(SHARES):
+        return f"its guesses are {len(found.made)} and {len(found.right)} numbers, wanted {len(SHARES)} each"
+    pairs = zip(found.made, found.right, strict=True)
+    if not all(0 <= right <= made <= found.canaries for made, right in pairs):
+        return "its guesses contradict each other"
+    return None
 
 
 def p_value(canaries: int, guesses: int, right: int, epsilon: float, delta: float) -> float:
