@@ -2,6 +2,8 @@
 
     python -m flows.deployments [--end-lost-runs]        # `ratchet up` runs it
 
+A deployment has its flow's name and the project's (`retrain/claims`), so projects can share a server.
+
 Runs that a schedule, an event or a person requests start here, each in a process of its own. Work pools are
 not supported.
 """
@@ -22,9 +24,13 @@ from ratchet.pipeline.stage import project_root
 from ratchet.services.environment import service_environment
 
 if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
     from prefect.client.schemas.actions import DeploymentScheduleCreate
+    from prefect.client.schemas.responses import DeploymentResponse
     from prefect.deployments.runner import RunnerDeployment
     from prefect.runner import Runner
+
+FLOWS = ("retrain", "ingest", "synthesize", "monitor", "rollout")
 
 
 def main(arguments: list[str]) -> int:
@@ -43,9 +49,14 @@ def main(arguments: list[str]) -> int:
         print(error, file=sys.stderr)  # noqa: T201 the service's log is where people look
         return error.exit_code
     if "--end-lost-runs" in arguments:
-        end_lost_runs([deployment.name for deployment in deployments])
+        end_lost_runs(config.project.name)
+    keep_pauses(deployments, config.project.name)
+    runner = make_runner()
+    for deployment in deployments:
+        runner.add_deployment(deployment)
+    remove_old(config.project.name)
     Watcher(root, config).start()
-    serve_deployments(deployments)
+    asyncio.run(runner.start())
     return 0
 
 
@@ -74,11 +85,11 @@ def describe_retrain(root: Path, config: Config) -> RunnerDeployment:
 
     return RunnerDeployment.from_flow(
         retrain,
-        name="retrain",
+        name=config.project.name,
         description="From the newest data to a verdict: prepare, tokenize, train, evaluate, gate, and "
         "promotion when the gate agrees. "
         "What did not change costs about a second. One run at a time, the others wait.",
-        tags=["ratchet", config.project.name],
+        tags=tags_of(config.project.name),
         parameters={"root": str(root)},
         schedules=[describe_schedule("retrain", config.retrain.cron, {"reason": "schedule"})],
         triggers=describe_triggers(config),
@@ -87,6 +98,11 @@ def describe_retrain(root: Path, config: Config) -> RunnerDeployment:
         ),
         entrypoint_type=EntrypointType.MODULE_PATH,
     )
+
+
+def tags_of(project: str) -> list[str]:
+    """Return the tags by which the project's deployments are found, in the UI and by `find_ours`."""
+    return ["ratchet", project]
 
 
 def describe_schedule(section: str, cron: str, parameters: dict[str, Any]) -> DeploymentScheduleCreate:
@@ -184,9 +200,9 @@ def _describe(
 
     return RunnerDeployment.from_flow(
         flow,
-        name=flow.name,
+        name=config.project.name,
         description=description,
-        tags=["ratchet", config.project.name],
+        tags=tags_of(config.project.name),
         parameters={"root": str(root)},
         concurrency_limit=ConcurrencyLimitConfig(
             limit=1, collision_strategy=ConcurrencyLimitStrategy.ENQUEUE
@@ -204,10 +220,10 @@ def describe_ingest(root: Path, config: Config) -> RunnerDeployment:
 
     return RunnerDeployment.from_flow(
         ingest,
-        name="ingest",
+        name=config.project.name,
         description="Pull new rows from a source into an immutable batch and commit it. Without parameters "
         "the source is the one in params.yaml.",
-        tags=["ratchet", config.project.name],
+        tags=tags_of(config.project.name),
         parameters={"root": str(root)},
         entrypoint_type=EntrypointType.MODULE_PATH,
     )
@@ -226,16 +242,16 @@ def describe_synthesize(root: Path, config: Config) -> RunnerDeployment:
     )
 
 
-def end_lost_runs(names: list[str]) -> None:
+def end_lost_runs(project: str) -> None:
     """Mark the runs that a killed predecessor left as running; they would hold its concurrency slot for
     minutes.
 
-    Call it only where no other process serves `names`.
+    Call it only where no other process serves the project.
     """
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import (
         DeploymentFilter,
-        DeploymentFilterName,
+        DeploymentFilterId,
         FlowRunFilter,
         FlowRunFilterState,
         FlowRunFilterStateType,
@@ -249,8 +265,10 @@ def end_lost_runs(names: list[str]) -> None:
             type=FlowRunFilterStateType(any_=[StateType.PENDING, StateType.RUNNING, StateType.CANCELLING])
         )
     )
-    ours = DeploymentFilter(name=DeploymentFilterName(any_=names))
     with get_client(sync_client=True) as client:
+        ours = DeploymentFilter(
+            id=DeploymentFilterId(any_=[deployment.id for deployment in find_ours(client, project)])
+        )
         lost = client.read_flow_runs(
             deployment_filter=ours,
             flow_run_filter=unfinished,
@@ -263,12 +281,43 @@ def end_lost_runs(names: list[str]) -> None:
             )
 
 
-def serve_deployments(deployments: list[RunnerDeployment]) -> None:
-    """Serve the deployments until SIGTERM."""
-    runner = make_runner()
-    for deployment in deployments:
-        runner.add_deployment(deployment)
-    asyncio.run(runner.start())
+def find_ours(client: SyncPrefectClient, project: str) -> list[DeploymentResponse]:
+    """Return the project's deployments on the server, those with old names included.
+
+    Before deployments had the project's name, each had its flow's: `retrain/retrain`. Such a one belongs to
+    the project whose tag it has; another project on the server may have taken it over.
+    """
+    from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterName
+
+    named = DeploymentFilter(name=DeploymentFilterName(any_=[project, *FLOWS]))
+    return [
+        deployment
+        for deployment in client.read_deployments(deployment_filter=named)
+        if set(deployment.tags) == set(tags_of(project))
+    ]
+
+
+def keep_pauses(deployments: list[RunnerDeployment], project: str) -> None:
+    """Pause the schedules that a person paused while the project's deployments had their old names."""
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        old = [deployment for deployment in find_ours(client, project) if deployment.name != project]
+    paused = {schedule.slug for one in old for schedule in one.schedules if one.paused or not schedule.active}
+    for schedule in [schedule for deployment in deployments for schedule in deployment.schedules or []]:
+        if schedule.slug in paused:
+            schedule.active = False
+
+
+def remove_old(project: str) -> None:
+    """Remove the project's deployments with old names, and their automations."""
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        for old in find_ours(client, project):
+            if old.name != project:
+                client.delete_resource_owned_automations(f"prefect.deployment.{old.id}")
+                client.delete_deployment(old.id)
 
 
 def make_runner() -> Runner:

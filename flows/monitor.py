@@ -18,7 +18,7 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from flows.console import log_line, say, working
-from flows.events import DRIFTED, tell
+from flows.events import DRIFTED, artifact_key, tell
 from ratchet.config.params import Config, load_config
 from ratchet.data.batches import read_manifest
 from ratchet.errors import RatchetError, ServiceError
@@ -156,7 +156,9 @@ def reason_of(found: Recorded) -> str:
 def show(home: Path, config: Config, champion: Champion, found: Recorded, folder: Path | None) -> None:
     """Show the verdict as an artifact; put its report into the champion's MLflow run, with a link to it."""
     create_markdown_artifact(
-        drift_card(found), key="drift", description=f"{found.verdict} on {found.rows} requests"
+        drift_card(found),
+        key=artifact_key(config, "drift"),
+        description=f"{found.verdict} on {found.rows} requests",
     )
     if folder is None or found.p is None:
         return
@@ -165,4 +167,6 @@ def show(home: Path, config: Config, champion: Champion, found: Recorded, folder
     except ServiceError as error:
         say(f"the report stays in {folder.relative_to(home)}, MLflow has no copy: {error}")
         return
-    create_link_artifact(link, key="drift-report", description="Evidently's report, in MLflow")
+    create_link_artifact(
+        link, key=artifact_key(config, "drift-report"), description="Evidently's report, in MLflow"
+    )

@@ -21,6 +21,7 @@ from prefect.cache_policies import NO_CACHE
 from flows.console import log_line, say, working
 from flows.data_check import REJECTED, read_rejected
 from flows.erase import follow_all, list_is_pending
+from flows.events import artifact_key
 from flows.ingest import ingest
 from flows.retries import can_pass
 from flows.review_queue import queue_doubtful
@@ -368,7 +369,9 @@ def publish(workspace: Workspace, found: Findings, config: Config, commit: str, 
         {"version": f"{config.project.name} v{version.number}", "git commit": commit, "reason": reason},
     )
     create_markdown_artifact(
-        card, key="gate", description=f"{config.project.name} v{version.number}: {found.decision.verdict}"
+        card,
+        key=artifact_key(config, "gate"),
+        description=f"{config.project.name} v{version.number}: {found.decision.verdict}",
     )
     return version
 

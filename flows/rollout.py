@@ -16,6 +16,7 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
 from flows.console import say
+from flows.events import artifact_key
 from flows.mlflow_decisions import apply_decisions, is_waiting, take_charge
 from ratchet.config.params import Config, load_config
 from ratchet.errors import CheckoutError, RatchetError, ServiceError, UserError
@@ -54,10 +55,13 @@ def rollout(root: str | None = None) -> Rollout | None:
     Raises the errors of the checkout.
     """
     home = project_root(root)
-    seen = look_once(home, load_config(home / "params.yaml"), say)
+    config = load_config(home / "params.yaml")
+    seen = look_once(home, config, say)
     if seen:
         create_markdown_artifact(
-            rollout_card(seen), key="rollout", description=f"v{seen.version}: {seen.state.replace('_', ' ')}"
+            rollout_card(seen),
+            key=artifact_key(config, "rollout"),
+            description=f"v{seen.version}: {seen.state.replace('_', ' ')}",
         )
     return seen
 

@@ -59,7 +59,7 @@ class Watcher:
         changed = seen is not None and seen != self._seen
         if not (due or changed):
             return False
-        request_look(self._root)
+        request_look(self._root, self._config.project.name)
         self._looked, self._seen = now, seen or self._seen
         return True
 
@@ -86,13 +86,13 @@ def registry_fingerprint(name: str) -> str | None:
     return hasher.hexdigest()
 
 
-def request_look(root: Path) -> None:
-    """Request one run of the deployment `rollout`.
+def request_look(root: Path, project: str) -> None:
+    """Request one run of the project's deployment of `rollout`.
 
     It waits for a run that is under way, because that one may have read the registry before the change.
     """
     from prefect.client.orchestration import get_client
 
     with get_client(sync_client=True) as client:
-        deployment = client.read_deployment_by_name("rollout/rollout")
+        deployment = client.read_deployment_by_name(f"rollout/{project}")
         client.create_flow_run_from_deployment(deployment.id, parameters={"root": str(root)})

@@ -17,6 +17,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from flows.console import say
+from flows.events import artifact_key
 from flows.training_inputs import make_material, open_bench
 from ratchet.config.params import Config, load_config
 from ratchet.errors import RatchetError, ServiceError, StageError
@@ -148,7 +149,7 @@ def conclude(search: Search, home: Path, config: Config, *, apply: bool) -> Summ
     if best:
         create_markdown_artifact(
             f"```diff\n{summary['diff']}```\n\n`{best.command}`\n",
-            key="sweep",
+            key=artifact_key(config, "sweep"),
             description=f"{search.unit} {best.value:.4f} (trial {best.number})",
         )
     return summary

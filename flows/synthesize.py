@@ -15,6 +15,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 
 from flows.console import say
+from flows.events import artifact_key
 from ratchet.config.params import Config, load_config
 from ratchet.pipeline.stage import project_root
 from ratchet.synthesis.draft import Summary, find_draft, summary_card
@@ -57,7 +58,7 @@ def write(config: Config, home: Path, wanted: tasks.Wanted, resume: str | None) 
     summary = tasks.synthesize(config, home, wanted, say=say, resume=resume)
     create_markdown_artifact(
         summary_card(summary),
-        key="synthesis",
+        key=artifact_key(config, "synthesis"),
         description=f"{summary.kept} rows in the draft {summary.draft}",
     )
     return summary

@@ -21,12 +21,14 @@ def follow_retraining(root: Path, *, say: Callable[[str], object]) -> None:
 
     Raises ServiceError if none appears within three minutes or it takes over an hour, StageError if it fails.
     """
-    os.environ.update(service_environment(root, load_config(root / "params.yaml")))
+    config = load_config(root / "params.yaml")
+    os.environ.update(service_environment(root, config))
+    project = config.project.name
     log = root / ".ratchet" / "logs" / "deployments.log"
     position: int | None = None  # number of printed lines of the run; None before there is a run
     started = time.monotonic()
     while time.monotonic() - started < MAX_SECONDS:
-        run = _newest_run()
+        run = _newest_run(project)
         if run is None and time.monotonic() - started > APPEAR_SECONDS:
             raise ServiceError(
                 "no retraining was started",
@@ -48,11 +50,13 @@ def follow_retraining(root: Path, *, say: Callable[[str], object]) -> None:
     )
 
 
-def _newest_run() -> Any:
+def _newest_run(project: str) -> Any:
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import (
         DeploymentFilter,
         DeploymentFilterName,
+        FlowFilter,
+        FlowFilterName,
         FlowRunFilter,
         FlowRunFilterState,
         FlowRunFilterStateName,
@@ -64,7 +68,8 @@ def _newest_run() -> Any:
     )
     with get_client(sync_client=True) as client:
         runs = client.read_flow_runs(
-            deployment_filter=DeploymentFilter(name=DeploymentFilterName(any_=["retrain"])),
+            flow_filter=FlowFilter(name=FlowFilterName(any_=["retrain"])),
+            deployment_filter=DeploymentFilter(name=DeploymentFilterName(any_=[project])),
             flow_run_filter=begun,
             sort=FlowRunSort.EXPECTED_START_TIME_DESC,
             limit=1,

@@ -33,6 +33,7 @@ class Plan:
     environment: dict[str, str]
     host: str = HOST  # on which its health is asked
     grace: float = GRACE_SECONDS
+    deployment: str = ""  # of Prefect, that shows whether this service polls for work
 
 
 def plan_services(root: Path, config: Config) -> dict[str, Plan]:
@@ -113,7 +114,7 @@ def _plan_deployments(root: Path, config: Config) -> Plan:
         "RATCHET_ROOT": str(root),
     }
     settings = (
-        f"services.prefect_port: {port}, retrain.cron: {config.retrain.cron}, monitor.cron: "
+        f"project.name: {config.project.name}, services.prefect_port: {port}, retrain.cron: {config.retrain.cron}, monitor.cron: "
         f"{config.monitor.cron}"
     )
     return Plan(
@@ -124,6 +125,7 @@ def _plan_deployments(root: Path, config: Config) -> Plan:
         [sys.executable, "-m", "flows.deployments", "--end-lost-runs"],
         root,
         environment,
+        deployment=f"retrain/{config.project.name}",
     )
 
 

@@ -58,6 +58,7 @@ class Record(msgspec.Struct, frozen=True):
     settings: str  # the params it was started with
     host: str = HOST
     grace: float = GRACE_SECONDS
+    deployment: str = "retrain/retrain"  # as it was named when records did not have it
 
 
 def start_services(root: Path, config: Config, *, report: Report) -> list[Service]:
@@ -210,6 +211,7 @@ def _start(root: Path, plan: Plan, report: Report) -> None:
         plan.settings,
         plan.host,
         plan.grace,
+        plan.deployment,
     )
     write_bytes(_record_path(root, plan.name), [msgspec.json.encode(record)])
     report(f"{plan.name}: starts, process {process.pid}, log {log}")
@@ -307,7 +309,7 @@ def _has_polled(record: Record) -> bool:
     A registered deployment does not prove it: it stays registered when its process is gone.
     """
     body = fetch_body(
-        record.host, record.port, "/api/deployments/name/retrain/retrain"
+        record.host, record.port, f"/api/deployments/name/{record.deployment}"
     )  # one stands for all: the process polls for all of them together
     deployment = json.loads(body) if body else {}
     polled = deployment.get("last_polled") or "1970-01-01T00:00:00Z"

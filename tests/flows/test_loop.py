@@ -173,10 +173,11 @@ def test_the_served_deployment_runs_the_flow(home: Path) -> None:
     """What the schedule and the UI's button do: a run of the deployment, in a process of the service."""
     from ratchet.config.params import load_config
 
-    api = f"http://127.0.0.1:{load_config(home / 'params.yaml').services.prefect_port}/api"
+    config = load_config(home / "params.yaml")
+    api = f"http://127.0.0.1:{config.services.prefect_port}/api"
     code = (
         "from prefect.deployments import run_deployment\n"
-        "run = run_deployment('retrain/retrain', parameters={'reason': 'from the deployment'}, "
+        f"run = run_deployment('retrain/{config.project.name}', parameters={'reason': 'from the deployment'}, "
         "timeout=240, poll_interval=2)\n"
         "print(run.state.type.value, run.name)"
     )
@@ -197,12 +198,14 @@ def test_prefect_shows_a_task_for_every_stage_and_the_gates_table(home: Path) ->
     from ratchet.config.params import load_config
     from ratchet.pipeline.dag import STAGES
 
-    port = load_config(home / "params.yaml").services.prefect_port
+    config = load_config(home / "params.yaml")
+    port = config.services.prefect_port
     names = {run["name"] for run in ask_prefect(port, "task_runs/filter")}
     artifacts = ask_prefect(port, "artifacts/filter")
 
     assert set(STAGES) <= names
-    assert any(artifact["key"] == "gate" and "promote" in artifact["data"] for artifact in artifacts)
+    key = f"{config.project.name}-gate"
+    assert any(artifact["key"] == key and "promote" in artifact["data"] for artifact in artifacts)
 
 
 def ask_prefect(port: int, path: str) -> Any:

@@ -60,7 +60,7 @@ def test_a_look_is_asked_for_when_the_registry_changed_or_something_waits(
     registry: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Path] = []
-    monkeypatch.setattr(watch, "request_look", asked.append)  # Prefect's part
+    monkeypatch.setattr(watch, "request_look", lambda root, project: asked.append(root))  # Prefect's part
     watcher = watch.Watcher(
         tmp_path, Config.model_validate({"project": {"name": "small"}, "rollout": {"look_seconds": 5}})
     )
@@ -78,7 +78,7 @@ def test_a_registry_that_tells_nothing_is_looked_at_by_the_clock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Path] = []
-    monkeypatch.setattr(watch, "request_look", asked.append)
+    monkeypatch.setattr(watch, "request_look", lambda root, project: asked.append(root))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "databricks")
     watcher = watch.Watcher(
         tmp_path, Config.model_validate({"project": {"name": "small"}, "rollout": {"look_seconds": 5}})

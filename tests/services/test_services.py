@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import os
-import shutil
 import socket
 import sqlite3
 import subprocess
@@ -20,6 +19,7 @@ import msgspec
 import psutil
 import pytest
 from patience import scaled
+from stand_in_flows import write_flows
 
 from ratchet.config.params import Config
 from ratchet.errors import RatchetError, ServiceError, UserError
@@ -224,55 +224,11 @@ def test_importing_the_services_is_light() -> None:
     )
 
 
-RETRAIN = """
-import subprocess
-from prefect import flow
-
-@flow(name="retrain", flow_run_name="{reason}")
-def retrain(
-    root: str | None = None, reason: str = "by hand", force: bool = False, topics: list | None = None
-) -> dict:
-    subprocess.run(["sleep", "300"], check=True)
-    return {}
-"""
-INGEST = """
-from prefect import flow
-
-@flow(name="ingest")
-def ingest(
-    root: str | None = None,
-    source: str | None = None,
-    path: str | None = None,
-    packages: list[str] | None = None,
-) -> dict:
-    return {}
-"""
-LOOK = """
-from prefect import flow
-
-@flow(name="{name}")
-def {name}(root: str | None = None) -> dict:
-    return {{}}
-"""
-
-
 @pytest.fixture(scope="module")
 def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Config]]:
     """All services, in a folder whose name would break a URL, with flows that only sleep."""
     root = tmp_path_factory.mktemp("a root") / "100% odd"
-    (root / "flows").mkdir(parents=True)
-    stand_ins = {
-        "__init__": "",
-        "retrain": RETRAIN,
-        "ingest": INGEST,
-        "monitor": LOOK.format(name="monitor"),
-        "rollout": LOOK.format(name="rollout"),
-        "synthesize": LOOK.format(name="synthesize"),
-    }
-    for name, text in stand_ins.items():
-        (root / "flows" / f"{name}.py").write_text(text)
-    for name in ("deployments", "events", "rollout_watcher"):
-        shutil.copy(Path(__file__).parents[2] / "flows" / f"{name}.py", root / "flows")
+    write_flows(root)
     config = make_config(*find_free_ports(3))
     write_params(root, config)
     try:
@@ -378,7 +334,7 @@ def test_one_that_cannot_start_takes_the_others_down_and_says_why(tmp_path: Path
 
 def create_run(port: int) -> str:
     token = json.loads(ask(port, "GET", "/api/csrf-token?client=test")[1])["token"]
-    deployment = json.loads(ask(port, "GET", "/api/deployments/name/retrain/retrain")[1])["id"]
+    deployment = json.loads(ask(port, "GET", "/api/deployments/name/retrain/pydoc")[1])["id"]
     headers = {"Prefect-Csrf-Token": token, "Prefect-Csrf-Client": "test"}
     status, body = ask(
         port, "POST", f"/api/deployments/{deployment}/create_flow_run", body={}, headers=headers
