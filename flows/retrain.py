@@ -28,7 +28,7 @@ from flows.review_queue import queue_doubtful
 from ratchet.config.monitoring import TopicSource
 from ratchet.config.params import Config, load_config
 from ratchet.errors import CheckoutError, DataError, RatchetError
-from ratchet.files import write_json
+from ratchet.files import write_bytes, write_json
 from ratchet.monitoring.retrain_budget import remember
 from ratchet.monitoring.topics import FILE as REGION
 from ratchet.monitoring.topics import Region, sources_for, write_region
@@ -39,6 +39,8 @@ from ratchet.pipeline.dvc import Workspace, check_out, downstream, push_data, ru
 from ratchet.pipeline.stage import project_root
 from ratchet.pipeline.workspace import catch_up, land, open_workspace
 from ratchet.promotion.champion import Champion, last_entry, read_champion
+from ratchet.promotion.verdict import read_verdict
+from ratchet.reporting.forest import FOREST, draw_forest
 from ratchet.reporting.markdown import model_card
 from ratchet.reporting.retention import SAVED, build, numbers_of, registered_numbers
 from ratchet.tracking.mlflow import find_outage
@@ -342,8 +344,18 @@ def land_outputs(workspace: Workspace, reason: str) -> str:
     workspace.dvc(
         "commit", "--quiet", "--force", KEYS.name
     )  # otherwise a `dvc repro` by hand would change dvc.lock
+    draw_verdict(workspace)
     present = [path for path in OUTPUTS if (workspace.path / path).exists()]
     return land(workspace, f"Retrain: {reason}"[:72], present)
+
+
+def draw_verdict(workspace: Workspace) -> None:
+    """Draw the verdict's forest plot beside it; a failure is only reported, as the image only repeats it."""
+    try:
+        image = draw_forest(read_verdict(workspace.path / "reports/gate.json"))
+        write_bytes(workspace.path / FOREST, [image])
+    except Exception as error:  # noqa: BLE001  (no verdict has to wait for an image)
+        say(f"{FOREST} was not drawn: {str(error).partition(chr(10))[0]}")
 
 
 @task(name="register", **RETRIED)

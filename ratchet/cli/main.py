@@ -44,7 +44,8 @@ def _global(
 for command in (
     *(services.init, services.params),
     *(loop.demo, services.up, services.down, loop.ingest, loop.synthesize, loop.retrain, loop.monitor),
-    *(training.base, training.plan, training.sweep, training.compare, training.privacy, retention, export),
+    *(training.base, training.plan, training.changes, training.sweep, training.compare, training.privacy),
+    *(retention, export),
     *(promotion.promote, promotion.rollback, promotion.history),
     *(services.serve, services.status, services.report, services.doctor),
 ):

@@ -1,4 +1,4 @@
-"""`ratchet base`, `plan`, `sweep`, `compare`, `privacy`: what can be trained, what it costs and spends."""
+"""`ratchet base`, `plan`, `changes`, `sweep`, `compare`, `privacy`: what can be trained, what it costs."""
 
 from __future__ import annotations
 
@@ -38,6 +38,41 @@ def plan(
     config = read_config(root)
     found = _prepared_plan(root, config) if prepare else _plan_here(root, config)
     show({**found._asdict(), "fits": found.fits}, as_json, lambda: say("\n".join(describe(found, config))))
+
+
+def changes(
+    since: Annotated[
+        str, typer.Option("--since", metavar="COMMIT", help="Compare HEAD with this commit.")
+    ] = "origin/main",
+    measure: Annotated[
+        bool,
+        typer.Option("--plan", help="Also measure the training here, as `ratchet plan --prepare` does."),
+    ] = False,
+    image: Annotated[
+        str,
+        typer.Option(
+            "--image",
+            metavar="URL",
+            help="Where the forest plot of a new verdict is seen; `{path}` is its place in the repository.",
+        ),
+    ] = "",
+    as_json: Json = False,
+) -> None:
+    """Print as Markdown what commits do: the data before and after, what would run, the new verdict.
+
+    Example: ratchet changes --since origin/main --plan
+    """
+    root = find_root()
+    from flows.changes import find_changes
+    from ratchet.reporting.changes import render_changes
+    from ratchet.reporting.forest import FOREST
+
+    def lines(found: Plan, config: Config) -> list[str]:
+        return list(describe(found, config))
+
+    found = find_changes(root, since, note, measure=measure, describe=lines)
+    here = image.replace("{path}", FOREST) if (root / FOREST).exists() else ""
+    show(found, as_json, lambda: say(render_changes(found, here).rstrip("\n")))
 
 
 def base(as_json: Json = False) -> None:
@@ -204,6 +239,8 @@ def _plan_here(root: Path, config: Config) -> Plan:
 
 
 def describe(found: Plan, config: Config) -> Iterator[str]:
+    from ratchet.training.estimate import duration
+
     yield (
         f"{config.adapter.method} of {found.trainable_weights:,} weights, {found.steps:,} steps, "
         f"{found.evaluations} evaluations (measured: {found.probed_steps} steps)"
@@ -212,7 +249,7 @@ def describe(found: Plan, config: Config) -> Iterator[str]:
         parts = config.adapter
         yield f"  parts   language model; projector: {parts.projector}, tower: {parts.tower}"
     yield (
-        f"  time    {_duration(found.seconds)}, {_duration(found.stage_seconds)} with loading and saving; "
+        f"  time    {duration(found.seconds)}, {duration(found.stage_seconds)} with loading and saving; "
         "train.patience may end it earlier"
     )
     yield f"          {found.step_seconds:.3g} s a step, {found.evaluation_seconds:.3g} s an evaluation"
@@ -232,9 +269,3 @@ def describe(found: Plan, config: Config) -> Iterator[str]:
     )
     if found.seconds > LONG and not config.train.compile:
         yield "  `train.compile: true` may make a training as long as this one faster (docs/training.md)"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -11,11 +11,11 @@ import subprocess
 import sys
 from collections.abc import Collection
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ratchet.errors import CheckoutError, CommandError, StageError
 from ratchet.pipeline.checkout import Say, child_environment, dvc, git
-from ratchet.pipeline.dag import KEYS, write_keys
+from ratchet.pipeline.dag import KEYS, STAGES, write_keys
 
 EXITED = re.compile(r"exited with (-?\d+)")
 # The first line of torchrun's own report, which is long and follows the output of the process that failed.
@@ -142,6 +142,29 @@ def stale_stages(workspace: Workspace) -> set[str]:
     write_keys(workspace.path)
     found = json.loads(workspace.dvc("status", "--json"))
     return {name.rpartition(":")[2] for name in found if not name.endswith(".dvc")} - {KEYS.name}
+
+
+def changed_stages(workspace: Workspace) -> list[str]:
+    """List the stages whose inputs, params or code differ from those of dvc.lock, whatever data are missing.
+
+    `stale_stages` needs every input and output in place; this needs only those that git tracks and data/raw,
+    so a pull request is judged without models. A stage that dvc.lock lacks counts as changed.
+    """
+    write_keys(workspace.path)
+    status: dict[str, list[Any]] = json.loads(workspace.dvc("status", "--json"))
+    found = {
+        name
+        for name, changes in status.items()
+        for change in changes
+        if change in ("changed command", "always changed")
+        or (isinstance(change, dict) and _differs(change.get("changed deps", {})))
+    }
+    return [stage for stage in STAGES if stage in found]
+
+
+def _differs(deps: dict[str, Any]) -> bool:
+    """Return whether any input changed; one that is only missing (`deleted`) did not."""
+    return any(isinstance(how, dict) or how != "deleted" for how in deps.values())
 
 
 def downstream(path: Path, stages: Collection[str]) -> list[str]:

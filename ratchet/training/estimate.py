@@ -274,3 +274,10 @@ def _free_gpu_mib() -> float:
     import torch
 
     return float(torch.cuda.mem_get_info()[0]) / MIB
+
+
+def duration(seconds: float) -> str:
+    """Format a time for people: in seconds, minutes or hours, by its size."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

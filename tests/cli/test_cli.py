@@ -36,6 +36,7 @@ COMMANDS = tuple(
         "export",
         "base",
         "plan",
+        "changes",
         "sweep",
         "compare",
         "privacy",
