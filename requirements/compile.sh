@@ -24,4 +24,7 @@ for minor in 11 12 13; do
   "$uv" pip compile requirements/federated.in --python-version "3.$minor" --python-platform linux --generate-hashes \
     --no-header --no-annotate --no-emit-index-url --no-emit-find-links --quiet --output-file requirements/py3$minor-federated.txt
 done
+# The checks of the Helm chart (.ci/kubernetes) have one lock for all minors.
+"$uv" pip compile requirements/kubernetes.in --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+  --no-emit-index-url --no-emit-find-links --quiet --output-file requirements/kubernetes.txt
 echo "locks written: $(ls requirements/*.txt | wc -l)"
