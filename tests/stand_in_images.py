@@ -39,7 +39,8 @@ chown postgres: "$PGDATA" /var/run/postgresql
 chmod 700 "$PGDATA"
 if [ ! -s "$PGDATA/PG_VERSION" ]; then
   cat "$POSTGRES_PASSWORD_FILE" > /tmp/password && chown postgres: /tmp/password
-  as initdb --auth-host=scram-sha-256 --username=postgres --pwfile=/tmp/password > /dev/null
+  as initdb --encoding=UTF8 --locale=C.UTF-8 --auth-host=scram-sha-256 --username=postgres \\
+    --pwfile=/tmp/password > /dev/null
   rm /tmp/password
   echo "host all all all scram-sha-256" >> "$PGDATA/pg_hba.conf"
 fi
