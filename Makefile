@@ -12,7 +12,7 @@ TORCH_FLAGS := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
 # Prefect again: to import `flows.retrain` takes 8.2 s of CPU, not 3.3; `tasks.evaluate` 12, not 5.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo demo-federated demo-multimodal demo-real federated privacy install test test-e2e test-browser lint bench lock clean-demo
+.PHONY: demo demo-federated demo-multimodal demo-real federated privacy install test test-e2e test-browser test-docker lint bench lock clean-demo
 demo: $(VENV)/.core
 	$(BIN)/ratchet demo
 
@@ -42,6 +42,10 @@ test-e2e: $(VENV)/.dev $(VENV)-federated/.made
 
 test-browser: $(VENV)/.dev
 	$(BIN)/python -m pytest -m browser
+
+# The images and the compose file, on an engine of this machine or one that is started for the tests.
+test-docker: $(VENV)/.dev
+	$(BIN)/python -m pytest -m docker
 
 lint: $(VENV)/.dev
 	bash .ci/lint

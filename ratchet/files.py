@@ -21,7 +21,7 @@ def write_bytes(path: Path, chunks: Iterable[bytes]) -> None:
     Raises DiskSpaceError for any failure to write.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("wb") as out:
             for chunk in chunks:
@@ -89,8 +89,7 @@ def sha256_json(value: Any) -> str:
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yield a folder to fill; it replaces `path` if the block succeeds, and is removed if it raises."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    filling = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(filling, ignore_errors=True)
+    filling = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     filling.mkdir()
     try:
         yield filling

@@ -1,4 +1,4 @@
-"""What the files for GitHub and Docker promise. They cannot be run here; what they say can be read."""
+"""What the files for GitHub and Docker promise, as they say it; tests/containers runs the containers."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_containers_get_what_up_sets(monkeypatch, tmp_path):
             monkeypatch.delenv(name)
     plans, services = plan_services(tmp_path, Config()), read_yaml(COMPOSE)["services"]
     itself = service_environment(tmp_path, Config()).keys() - {"PREFECT_API_URL"}  # what a flow sets
-    image = dict(re.findall(r"(\w+)=(\S+)", (ROOT / "docker/Dockerfile").read_text().rpartition("ENV")[2]))
+    image = dict(re.findall(r"(\w+)=(\S+)", read_target("runtime").partition("ENV")[2]))
     assert NO_TELEMETRY.items() <= image.items()
     for ours, theirs in (
         ("mlflow", "mlflow"),
@@ -147,22 +147,38 @@ def test_every_containers_log_is_bounded():
         assert service["logging"]["options"]["max-size"], name
 
 
-def test_no_password_stands_in_the_compose_file():
+def test_every_container_that_stays_has_a_health_check_and_starts_again():
+    services = {name: one for name, one in read_yaml(COMPOSE)["services"].items() if name != "setup"}
+
+    assert {name for name, one in services.items() if "test" not in one.get("healthcheck", {})} == set()
+    assert {one["restart"] for one in services.values()} == {"unless-stopped"}
+
+
+def test_no_secret_is_in_the_environment_of_a_container():
+    compose = read_yaml(COMPOSE)
     settings = [
         f"{name}={value}"
-        for service in read_yaml(COMPOSE)["services"].values()
+        for service in compose["services"].values()
         for name, value in service.get("environment", {}).items()
     ]
-    secret = [line for line in settings if re.search(r"PASSWORD|AUTH_STRING|://.*@", line)]
+    mounted = {name for service in compose["services"].values() for name in service.get("secrets", [])}
+    secret = re.compile(r"(?!.*_FILE=).*(PASSWORD|AUTH_STRING|SECRET|API_KEY)|.*://[^@/]*:[^@/]*@")
 
-    assert len(secret) > 0
-    assert [line for line in secret if not re.search(r"\$\{\w*PASSWORD:\?", line)] == []
+    assert len(settings) > 0
+    assert [line for line in settings if secret.match(line)] == []
+    assert mounted == compose["secrets"].keys()
+    assert {name for line in settings for name in re.findall(r"/run/secrets/(\w+)$", line)} <= mounted
 
 
-def test_the_image_runs_as_an_ordinary_user():
-    users = re.findall(
-        r"^USER (.+)$", (ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE
-    )
+def read_target(name: str) -> str:
+    """The lines of one target of the Dockerfile."""
+    text = (ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8")
+    return re.split(r"^FROM ", text.partition(f" AS {name}\n")[2], flags=re.MULTILINE)[0]
+
+
+@pytest.mark.parametrize("target", ["pipeline", "trainer", "gateway", "objects"])
+def test_an_image_runs_as_an_ordinary_user(target: str):
+    users = re.findall(r"^USER (.+)$", read_target(target), re.MULTILINE)
 
     assert users[-1:] == ["$UID"]
-    assert "ARG UID=1000" in (ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8")
+    assert "ARG UID=1000" in read_target(target)

@@ -63,6 +63,10 @@ def create_app(root: Path, config: Config, engine: Engine, fleet: Fleet, log: Re
     return Guard(app, config.gateway.host)
 
 
+# What a container's or cluster's health checks ask, by an address that only they know. They tell no secret.
+PROBES = ("/healthz", "/readyz")
+
+
 class Guard:
     """A wrapper that refuses what a page of another site could send from a browser on this machine."""
 
@@ -71,7 +75,11 @@ class Guard:
         self._hosts = {"127.0.0.1", "localhost", "[::1]", host, f"[{host}]"} if is_loopback(host) else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and (fault := self._find_fault(dict(scope["headers"]), scope["method"])):
+        if (
+            scope["type"] == "http"
+            and scope["path"] not in PROBES
+            and (fault := self._find_fault(dict(scope["headers"]), scope["method"]))
+        ):
             await _show(fault)(scope, receive, send)
         else:
             await self._app(scope, receive, send)

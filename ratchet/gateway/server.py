@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import signal
 import socket
 import sys
@@ -28,6 +29,7 @@ from ratchet.pipeline.stage import project_root
 KEEP_ALIVE_SECONDS = 75  # over the 60 s after which load balancers let go of a quiet connection
 MOST_CONNECTIONS = 2048
 SWITCH_SECONDS = 0.0005
+LISTEN = "RATCHET_GATEWAY_LISTEN"  # address to listen on in place of `gateway.host`
 
 
 def main() -> None:
@@ -52,7 +54,8 @@ def serve(root: Path, config: Config) -> None:
 
     gateway = config.gateway
     _require_keys(root, gateway.host)
-    listener = _listen(gateway.host, gateway.port)
+    # In a container every address is behind what the container publishes, so `gateway.host` says who may ask.
+    listener = _listen(os.environ.get(LISTEN) or gateway.host, gateway.port)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     logging.getLogger("ratchet").setLevel(logging.INFO)
     engine = make_engine(config)

@@ -49,6 +49,13 @@ def open_workspace(root: Path, purpose: str, say: Say, *, keep_failed: int = 2) 
     path = root / WORKSPACES / f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}-{purpose}-{os.getpid()}"
     path.parent.mkdir(parents=True, exist_ok=True)
     _drop_failed(root, purpose, keep_failed)
+    with _in_use(path):
+        yield from _filled(root, path, branch, purpose, say, keep_failed)
+
+
+def _filled(
+    root: Path, path: Path, branch: str, purpose: str, say: Say, keep_failed: int
+) -> Iterator[Workspace]:
     try:
         # Line ends stay as committed, because the inputs of stages are hashed by their bytes.
         plain = ("--config", "core.autocrlf=false")
@@ -66,16 +73,12 @@ def open_workspace(root: Path, purpose: str, say: Say, *, keep_failed: int = 2) 
 
 def failed_workspaces(root: Path) -> list[Path]:
     """List failed workspaces and those whose process was killed, the newest first."""
-    found = [
-        path
-        for path in (root / WORKSPACES).glob("*")
-        if path.is_dir() and not _is_alive(path.name.rpartition("-")[2])
-    ]
+    found = [path for path in (root / WORKSPACES).glob("*") if path.is_dir() and not _is_in_use(path)]
     return sorted(found, reverse=True)
 
 
 def _set_aside(root: Path, path: Path, purpose: str, keep: int, say: Say) -> None:
-    """Rename a failed workspace: a name that ends with the id of a live process counts as in use."""
+    """Rename a failed workspace, since the lock beside its name is still held."""
     failed = path.rename(path.with_name(f"{path.name}-failed"))
     _drop_failed(root, purpose, keep)
     if keep:
@@ -85,6 +88,7 @@ def _set_aside(root: Path, path: Path, purpose: str, keep: int, say: Say) -> Non
 def _drop_failed(root: Path, purpose: str, keep: int) -> None:
     for path in [path for path in failed_workspaces(root) if f"-{purpose}-" in path.name][keep:]:
         shutil.rmtree(path, ignore_errors=True)
+        _lock(path).unlink(missing_ok=True)
 
 
 def land(workspace: Workspace, message: str, paths: list[str], *, tag: str | None = None) -> str:
@@ -201,5 +205,33 @@ def require_output(root: Path, commit: str, path: str, out: Path) -> None:
         ) from None
 
 
-def _is_alive(process: str) -> bool:
-    return process.isdigit() and Path(f"/proc/{process}").exists()
+@contextmanager
+def _in_use(path: Path) -> Iterator[None]:
+    """Mark a workspace as in use for as long as this process lives.
+
+    A lock, not a process id: other containers and machines that share the folder see it too, and the system
+    releases it when the process is killed.
+    """
+    from filelock import FileLock
+
+    with FileLock(_lock(path), thread_local=False, fallback_to_soft=False):
+        try:
+            yield
+        finally:
+            _lock(path).unlink(missing_ok=True)
+
+
+def _is_in_use(path: Path) -> bool:
+    if not _lock(path).exists():
+        return False
+    from filelock import FileLock, Timeout
+
+    try:
+        with FileLock(_lock(path), blocking=False, thread_local=False, fallback_to_soft=False):
+            return False
+    except Timeout:
+        return True
+
+
+def _lock(path: Path) -> Path:
+    return path.with_name(f"{path.name}.lock")

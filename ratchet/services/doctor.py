@@ -24,8 +24,9 @@ from packaging.specifiers import SpecifierSet
 
 from ratchet.errors import RatchetError
 from ratchet.pipeline.checkout import FOREIGN, git, trust
+from ratchet.services.environment import ADDRESSES
 from ratchet.services.processes import find_port_fault
-from ratchet.services.supervisor import list_services
+from ratchet.services.supervisor import Service, list_services
 
 if TYPE_CHECKING:
     from ratchet.config.params import Config
@@ -260,7 +261,19 @@ def check_ports(root: Path, config: Config) -> list[Finding]:
     }
     for name, (key, port) in ports.items():
         service = services[name]
-        if service.alive:
+        if service.given:
+            findings.append(_check_given(service))
+        elif service.answers and not service.alive:
+            findings.append(
+                Finding(
+                    f"port of {name}",
+                    None,
+                    f"{name} answers on {service.url}, and `ratchet up` did not start it here",
+                    f"right for containers (docker/README.md); otherwise set {key} in params.yaml to "
+                    "another port",
+                )
+            )
+        elif service.alive:
             said = "answers" if service.answers else "does not answer"
             findings.append(
                 Finding(
@@ -281,6 +294,19 @@ def check_ports(root: Path, config: Config) -> list[Finding]:
                 )
             )
     return findings
+
+
+def _check_given(service: Service) -> Finding:
+    """Judge a server whose address is from the environment."""
+    variable = ADDRESSES[service.name]
+    if service.answers:
+        return Finding(service.name, True, f"answers on {service.url} ({variable})")
+    return Finding(
+        service.name,
+        False,
+        f"{variable} names a server that does not answer (in a browser: {service.url})",
+        f"start it, or set {variable} to its address",
+    )
 
 
 def check_gpu(torch: str | None, cuda_build: bool, gpus: list[str]) -> Finding:

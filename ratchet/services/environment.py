@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import os
+import tomllib
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from ratchet.config.params import Config
+from ratchet.tracking.mlflow import PAGE, PASSWORD
 
 # Flows print their own lines (flows/console.py), so Prefect's console log shows only faults.
 # MLflow's lines stay out of stdout, which holds a command's result.
@@ -18,6 +22,19 @@ CONSOLE = {
 }
 HOST = "127.0.0.1"
 HEALTH = {"mlflow": "/health", "prefect": "/api/health", "gateway": "/healthz"}
+# Variables that name a server of one's own: how a process reaches it, and how a browser does.
+ADDRESSES = {
+    "mlflow": "MLFLOW_TRACKING_URI",
+    "prefect": "PREFECT_API_URL",
+    "deployments": "PREFECT_API_URL",
+    "gateway": "RATCHET_GATEWAY_URL",
+}
+PAGES = {
+    "mlflow": PAGE,
+    "prefect": "PREFECT_UI_URL",
+    "deployments": "PREFECT_UI_URL",
+    "gateway": "RATCHET_GATEWAY_PAGE",
+}
 PROBE_SECONDS = 0.8  # `status` asks four services at once and answers within a second
 # How long a flow waits for its server. A closed port refuses at once, so the wait costs time only where a
 # busy server answers late. With 0.8 s, a flow on a busy machine missed its server and started another.
@@ -80,11 +97,68 @@ def _reach_loopback_directly() -> dict[str, str]:
     return {"NO_PROXY": value, "no_proxy": value}
 
 
-def fetch_body(host: str, port: int, path: str, *, seconds: float = PROBE_SECONDS) -> bytes | None:
-    """Return the body of a 200 response, without any proxy; None for every other outcome."""
-    connection = http.client.HTTPConnection(host, port, timeout=seconds)
+def given_address(name: str) -> str | None:
+    """Return the address of a service that the environment names, without path and password; else None."""
+    given = os.environ.get(ADDRESSES[name])
+    return PASSWORD.sub("//", given).rstrip("/").removesuffix("/api") if given else None
+
+
+def page_of(name: str, address: str) -> str:
+    """Return the address of a service's page for a browser."""
+    page = (os.environ.get(PAGES[name]) or address).rstrip("/")
+    return f"{page}/deployments" if name == "deployments" else page
+
+
+def fetch_from(address: str, path: str, headers: dict[str, str] | None = None) -> bytes | None:
+    """Return the body of a 200 response of an address such as http://mlflow:5000; None for anything else."""
     try:
-        connection.request("GET", path)
+        parts = urlsplit(address)
+        port = parts.port
+    except ValueError:
+        return None
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        return None
+    secure = parts.scheme == "https"
+    return fetch_body(
+        parts.hostname,
+        port or (443 if secure else 80),
+        f"{parts.path.rstrip('/')}{path}",
+        headers=headers,
+        secure=secure,
+    )
+
+
+def prefect_headers() -> dict[str, str]:
+    """Return the header with which Prefect's API lets this process in, as Prefect's own client finds it.
+
+    PREFECT_API_AUTH_STRING may stand in the environment or in the active profile of PREFECT_PROFILES_PATH.
+    """
+    secret, profiles = os.environ.get("PREFECT_API_AUTH_STRING"), os.environ.get("PREFECT_PROFILES_PATH")
+    if not secret and profiles:
+        try:
+            found = tomllib.loads(Path(profiles).read_text(encoding="utf-8"))
+            secret = found["profiles"][found["active"]]["PREFECT_API_AUTH_STRING"]
+        except (OSError, KeyError, TypeError, ValueError):
+            return {}
+    if not secret:
+        return {}
+    return {"Authorization": f"Basic {base64.b64encode(secret.encode()).decode()}"}
+
+
+def fetch_body(
+    host: str,
+    port: int,
+    path: str,
+    *,
+    seconds: float = PROBE_SECONDS,
+    headers: dict[str, str] | None = None,
+    secure: bool = False,
+) -> bytes | None:
+    """Return the body of a 200 response, without any proxy; None for every other outcome."""
+    kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+    connection = kind(host, port, timeout=seconds)
+    try:
+        connection.request("GET", path, headers=headers or {})
         response = connection.getresponse()
         body = response.read()
         return body if response.status == http.HTTPStatus.OK else None

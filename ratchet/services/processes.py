@@ -1,11 +1,14 @@
-"""End processes with their children, and find who holds a port."""
+"""End processes with their children, find who holds a port, and tell where a process id means something."""
 
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import socket
 from contextlib import suppress
+from functools import cache
+from pathlib import Path
 
 import psutil
 
@@ -62,6 +65,20 @@ def find_port_holder(port: int) -> str | None:
                 # Its name and folder alone: its arguments may hold secrets.
                 return f"process {process.pid} ({process.name()} in {process.cwd()})"
     return None
+
+
+@cache
+def name_place() -> str:
+    """Return a name of this boot of this machine and, in a container, of the container.
+
+    Process ids mean something in one such place only: a container counts its own from 1, and another
+    machine that shares the folder has ids of its own.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:  # no Linux, so no containers that share a kernel
+        return platform.node()
 
 
 def find_process(pid: int, created: float) -> psutil.Process | None:

@@ -20,7 +20,8 @@ from ratchet.promotion.gate_tags import named
 from ratchet.promotion.lineage import reverted_since
 from ratchet.promotion.rollout import Rollout, read_rollout
 from ratchet.promotion.verdict import Rival
-from ratchet.services.supervisor import list_services
+from ratchet.services.environment import ADDRESSES
+from ratchet.services.supervisor import Service, list_services
 from ratchet.serving.bundle import ServingState, read_state
 
 
@@ -52,6 +53,8 @@ class Batches(msgspec.Struct, frozen=True):
 class Answering(msgspec.Struct, frozen=True):
     url: str | None
     answers: bool
+    started_here: bool  # by `ratchet up`, on this machine or in this container
+    variable: str | None = None  # that names its address
 
 
 class Status(msgspec.Struct, frozen=True):
@@ -93,7 +96,7 @@ def see_status(root: Path, config: Config) -> Status:
         rollout=rollout,
         serving=read_state(root),
         drift=last_verdict(root),
-        services={one.name: Answering(one.url, one.answers) for one in list_services(root, config)},
+        services={one.name: _answering(one) for one in list_services(root, config)},
         left=sorted(path.name for path in failed_workspaces(root)),
     )
 
@@ -122,11 +125,24 @@ def describe(found: Status) -> list[str]:
     lines += [f"refused    {version} by the gateway: {why}" for version, why in refused.items()]
     if found.drift:
         lines += _headed("drift", verdict_lines(found.drift))
-    lines += [
-        f"{name:10} {service.url if service.answers else 'not running: ratchet up'}"
-        for name, service in found.services.items()
-    ]
+    lines += [f"{name:10} {_service_line(service)}" for name, service in found.services.items()]
     return lines + [f"left over  .ratchet/workspaces/{name} (a run that failed)" for name in found.left]
+
+
+def _answering(service: Service) -> Answering:
+    variable = ADDRESSES[service.name] if service.given else None
+    return Answering(service.url, service.answers, service.alive, variable)
+
+
+def _service_line(service: Answering) -> str:
+    if service.answers:
+        known = service.started_here or service.variable
+        return f"{service.url}" if known else f"{service.url} (not started by `ratchet up` here)"
+    if service.started_here:
+        return f"runs, and does not answer: {service.url}"
+    if service.variable:
+        return f"does not answer: {service.url} ({service.variable})"
+    return "not running: ratchet up"
 
 
 def _headed(head: str, lines: list[str]) -> list[str]:

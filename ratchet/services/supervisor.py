@@ -1,8 +1,9 @@
 """Start, stop and list MLflow, Prefect, the served deployments and the gateway on this machine.
 
 Each service is a process group of its own, bound to 127.0.0.1, with a log in .ratchet/logs and a record in
-.ratchet/run. A record holds the process id and that process's creation time, so that another process which
-got the same id later is never killed. A service that dies stays down until the next `ratchet up`.
+.ratchet/run. A record holds the process id, that process's creation time and its machine or container, so
+that another process with the same id is never killed. A service that dies stays down until the next
+`ratchet up`.
 Neither Prefect nor MLflow is imported here.
 """
 
@@ -14,7 +15,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,21 +25,35 @@ import psutil
 from ratchet.errors import RatchetError, ServiceError, UserError
 from ratchet.files import write_bytes
 from ratchet.pipeline.checkout import locked
-from ratchet.services.environment import HEALTH, HOST, fetch_body
-from ratchet.services.processes import end_family, find_process, require_free_port
+from ratchet.services.environment import (
+    HEALTH,
+    HOST,
+    fetch_body,
+    fetch_from,
+    given_address,
+    page_of,
+    prefect_headers,
+)
+from ratchet.services.processes import end_family, find_process, name_place, require_free_port
 from ratchet.services.specs import GRACE_SECONDS, Plan, plan_services
 
 if TYPE_CHECKING:
     from ratchet.config.params import Config
 NAMES = ("mlflow", "prefect", "deployments", "gateway")
 LAST_LINES = 15  # of a log, quoted in a message
+# One stands for all: the process polls for all of them together.
+POLLED = timedelta(seconds=60)  # after which Prefect itself takes a deployment's process for gone
 
 Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Service:
-    """A service as seen now: `alive` when its process runs, `answers` when it replied within a second."""
+    """A service as seen now.
+
+    `alive`: `ratchet up` started it here, and its process runs. `answers`: it replied within a second,
+    whoever started it. `given`: its address is from the environment.
+    """
 
     name: str
     url: str | None  # for a browser
@@ -46,6 +61,7 @@ class Service:
     log: Path
     alive: bool
     answers: bool
+    given: bool = False
 
 
 class Record(msgspec.Struct, frozen=True):
@@ -59,6 +75,7 @@ class Record(msgspec.Struct, frozen=True):
     host: str = HOST
     grace: float = GRACE_SECONDS
     deployment: str = "retrain/retrain"  # as it was named when records did not have it
+    place: str = ""  # `name_place()`; empty in records of older versions
 
 
 def start_services(root: Path, config: Config, *, report: Report) -> list[Service]:
@@ -125,7 +142,13 @@ def stop_services(root: Path, *, report: Report) -> list[str]:
     root = root.resolve()
     stopped = []
     for name in reversed(NAMES):
-        if stop_service(root, name):
+        record = _read_record(root, name)
+        if record and not _is_of_here(record):
+            report(
+                f"{name}: nothing ended, since it was started before a restart of this machine, on another "
+                "machine or in a container"
+            )
+        elif stop_service(root, name):
             report(f"{name}: stopped")
             stopped.append(name)
     return stopped
@@ -212,6 +235,7 @@ def _start(root: Path, plan: Plan, report: Report) -> None:
         plan.host,
         plan.grace,
         plan.deployment,
+        name_place(),
     )
     write_bytes(_record_path(root, plan.name), [msgspec.json.encode(record)])
     report(f"{plan.name}: starts, process {process.pid}, log {log}")
@@ -255,6 +279,8 @@ def _quote_log(root: Path, name: str) -> str:
 def stop_service(root: Path, name: str) -> bool:
     """End the service and drop its record; say whether it ran."""
     record = _read_record(root, name)
+    if record and not _is_of_here(record):
+        return False
     process = _find_process(record) if record else None
     if process is not None:
         end_family(process, record.grace if record else GRACE_SECONDS)
@@ -267,14 +293,30 @@ def _see_service(root: Path, name: str, config: Config) -> Service:
     process = _find_process(record) if record else None
     ports = {"mlflow": config.services.mlflow_port, "gateway": config.gateway.port}
     port = record.port if record and process else ports.get(name, config.services.prefect_port)
+    given = given_address(name)
+    if record and process and not given:
+        page, answers = _page(name, port), _answers(record)
+    else:
+        address = given or f"http://{HOST}:{port}"
+        page, answers = page_of(name, address), _answers_at(name, address, config)
     return Service(
         name,
-        _page(name, port),
+        page,
         process.pid if process else None,
         _log(root, name),
         process is not None,
-        bool(process and record and _answers(record)),
+        answers,
+        given is not None,
     )
+
+
+def _answers_at(name: str, address: str, config: Config) -> bool:
+    """Ask a service that may be another machine's or container's."""
+    if name != "deployments":
+        return fetch_from(address, HEALTH[name]) is not None
+    asked = f"/api/deployments/name/retrain/{config.project.name}"
+    body = fetch_from(address, asked, prefect_headers())
+    return _is_polled(body, since=datetime.now(UTC) - POLLED)
 
 
 def _read_record(root: Path, name: str) -> Record | None:
@@ -292,7 +334,11 @@ def _read_record(root: Path, name: str) -> Record | None:
 
 
 def _find_process(record: Record) -> psutil.Process | None:
-    return find_process(record.pid, record.created)
+    return find_process(record.pid, record.created) if _is_of_here(record) else None
+
+
+def _is_of_here(record: Record) -> bool:
+    return record.place in ("", name_place())
 
 
 def _answers(record: Record) -> bool:
@@ -308,14 +354,15 @@ def _has_polled(record: Record) -> bool:
 
     A registered deployment does not prove it: it stays registered when its process is gone.
     """
-    body = fetch_body(
-        record.host, record.port, f"/api/deployments/name/{record.deployment}"
-    )  # one stands for all: the process polls for all of them together
+    # One stands for all: the process polls for all of them together.
+    body = fetch_body(record.host, record.port, f"/api/deployments/name/{record.deployment}")
+    return _is_polled(body, since=datetime.fromtimestamp(record.created, UTC))
+
+
+def _is_polled(body: bytes | None, since: datetime) -> bool:
     deployment = json.loads(body) if body else {}
     polled = deployment.get("last_polled") or "1970-01-01T00:00:00Z"
-    return (
-        deployment.get("status") == "READY" and datetime.fromisoformat(polled).timestamp() >= record.created
-    )
+    return deployment.get("status") == "READY" and datetime.fromisoformat(polled) >= since
 
 
 def _log(root: Path, name: str) -> Path:

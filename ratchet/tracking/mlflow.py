@@ -17,6 +17,7 @@ from typing import Any
 from ratchet.errors import ServiceError
 
 KEY_TAG = "ratchet.run_key"
+PAGE = "RATCHET_MLFLOW_PAGE"  # MLflow's address for a browser, where MLFLOW_TRACKING_URI is none
 STATE_TAG = "ratchet.state"
 PASSWORD = re.compile(r"//[^/@\s]*@")  # user and password in a URL
 
@@ -29,7 +30,7 @@ def log_report(run_id: str, folder: Path, metrics: dict[str, float]) -> str:
         for name, value in metrics.items():
             client.log_metric(run_id, name, value)
         experiment = client.get_run(run_id).info.experiment_id
-    server = os.environ["MLFLOW_TRACKING_URI"].rstrip("/")
+    server = (os.environ.get(PAGE) or os.environ["MLFLOW_TRACKING_URI"]).rstrip("/")
     return f"{server}/#/experiments/{experiment}/runs/{run_id}/artifacts/monitor/{folder.name}"
 
 

@@ -137,6 +137,20 @@ def test_a_taken_port_is_named_with_who_has_it(tmp_path):
     )
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have one loopback address alone")
+def test_in_a_container_it_listens_elsewhere_and_lets_in_the_same(tmp_path, monkeypatch):
+    monkeypatch.setenv("RATCHET_GATEWAY_LISTEN", "127.0.0.2")
+    config = config_of(port=free_port())
+    put_in_charge(tmp_path, 1)
+    url = f"http://127.0.0.2:{config.gateway.port}"
+    with process(tmp_path, config) as started, httpx.Client(base_url=url, trust_env=False) as http:
+        wait_for(lambda: answers(http, "/healthz") or started.poll() is not None, seconds=30)
+        published = http.get("/metrics", headers={"host": f"127.0.0.1:{config.gateway.port}"})
+        other = http.get("/metrics")
+
+    assert (published.status_code, other.status_code) == (200, 403)
+
+
 def test_beyond_loopback_it_does_not_start_without_a_key(tmp_path):
     with pytest.raises(UserError, match=r"gateway\.host is 0\.0\.0\.0.*no API key"):
         serve(tmp_path, config_of(host="0.0.0.0", port=free_port()))

@@ -180,17 +180,37 @@ def test_workspaces_of_another_purpose_stay(root):
     assert failed_workspaces(root) == [kept]
 
 
+WORK = """
+import sys, time
+from pathlib import Path
+from ratchet.pipeline.workspace import open_workspace
+with open_workspace(Path(sys.argv[1]), "test", print) as workspace:
+    print(workspace.path, flush=True)
+    time.sleep(300)
+"""
+
+
 def test_the_clone_of_a_killed_process_counts_as_failed_and_that_of_a_living_one_does_not(root):
-    process = subprocess.Popen([sys.executable, "-c", "pass"])
-    process.wait()
-    gone = root / ".ratchet" / "workspaces" / f"20200101T000000-test-{process.pid}"
-    works = root / ".ratchet" / "workspaces" / f"20200101T000000-test-{os.getppid()}"
-    gone.mkdir(parents=True)
-    works.mkdir()
-    assert failed_workspaces(root) == [gone]
+    with subprocess.Popen([sys.executable, "-c", WORK, root], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        works = Path(process.stdout.readline().strip())
+        # A container sees other process ids, so the id in the name says nothing.
+        assert works.is_dir()
+        assert failed_workspaces(root) == []
+        with opened(root, keep_failed=0):
+            assert works.exists()
+        process.kill()
+        process.wait()
+    assert failed_workspaces(root) == [works]
     with opened(root, keep_failed=0):
-        assert works.exists()
-        assert not gone.exists()
+        assert not works.exists()
+    assert list((root / ".ratchet" / "workspaces").iterdir()) == []
+
+
+def test_a_clone_whose_name_has_the_id_of_a_living_process_of_elsewhere_counts_as_failed(root):
+    gone = root / ".ratchet" / "workspaces" / f"20200101T000000-test-{os.getpid()}"
+    gone.mkdir(parents=True)
+    assert failed_workspaces(root) == [gone]
 
 
 # --- landing ---

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import json
 import os
@@ -12,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -25,9 +27,15 @@ from ratchet.config.params import Config
 from ratchet.errors import RatchetError, ServiceError, UserError
 from ratchet.pipeline.checkout import locked
 from ratchet.services.environment import NO_TELEMETRY, service_environment
-from ratchet.services.processes import find_port_fault
+from ratchet.services.processes import find_port_fault, name_place
 from ratchet.services.specs import plan_services
-from ratchet.services.supervisor import Record, running_services, start_services, stop_services
+from ratchet.services.supervisor import (
+    Record,
+    list_services,
+    running_services,
+    start_services,
+    stop_services,
+)
 
 
 def make_config(mlflow_port: int, prefect_port: int, gateway_port: int) -> Config:
@@ -67,7 +75,7 @@ def config() -> Config:
 
 @pytest.fixture(autouse=True)
 def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"):
+    for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI", "RATCHET_GATEWAY_URL"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -125,6 +133,83 @@ def test_a_reused_process_id_is_not_killed(
     assert stop_services(tmp_path, report=print) == []
     assert sleeper.poll() is None
     assert not record.exists()
+
+
+def test_a_process_id_of_another_container_or_machine_is_not_killed(
+    tmp_path: Path, config: Config, sleeper: subprocess.Popen[bytes]
+) -> None:
+    path = remember(tmp_path, "mlflow", sleeper.pid)
+    record = msgspec.json.decode(path.read_bytes(), type=Record)
+    path.write_bytes(msgspec.json.encode(msgspec.structs.replace(record, place="elsewhere")))
+    told: list[str] = []
+    assert running_services(tmp_path, config) == []
+    assert stop_services(tmp_path, report=told.append) == []
+    assert sleeper.poll() is None
+    assert path.exists() and told[0].startswith("mlflow: nothing ended")
+    path.write_bytes(msgspec.json.encode(msgspec.structs.replace(record, place=name_place())))
+    assert [service.name for service in running_services(tmp_path, config)] == ["mlflow"]
+
+
+class Answers(BaseHTTPRequestHandler):
+    """MLflow, a gateway, and Prefect with a password and a deployment that was polled just now."""
+
+    def do_GET(self) -> None:
+        secret = base64.b64encode(b"ratchet:word").decode()
+        asked = self.path == "/api/deployments/name/retrain/retrain"
+        allowed = not asked or self.headers["Authorization"] == f"Basic {secret}"
+        self.send_response(200 if allowed else 401)
+        self.end_headers()
+        now = datetime.now(UTC).isoformat()
+        self.wfile.write(json.dumps({"status": "READY", "last_polled": now}).encode())
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def others() -> Iterator[str]:
+    """The address of servers that nobody here started."""
+    with HTTPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_servers_that_the_environment_names_are_asked_in_place_of_process_ids(
+    tmp_path: Path, config: Config, others: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profiles = tmp_path / "profiles"
+    profiles.write_text(
+        'active = "a"\n[profiles.a]\nPREFECT_API_AUTH_STRING = "ratchet:word"\n', encoding="utf-8"
+    )
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", others.replace("//", "//ana:secret@"))
+    monkeypatch.setenv("PREFECT_API_URL", f"{others}/api")
+    monkeypatch.setenv("RATCHET_GATEWAY_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("RATCHET_GATEWAY_PAGE", "https://answers.example/")
+    without = {service.name: service.answers for service in list_services(tmp_path, config)}
+    monkeypatch.setenv("PREFECT_PROFILES_PATH", str(profiles))
+    seen = {service.name: service for service in list_services(tmp_path, config)}
+
+    assert without == {"mlflow": True, "prefect": True, "deployments": False, "gateway": False}
+    assert {name: service.answers for name, service in seen.items()} == without | {"deployments": True}
+    assert {service.url for service in seen.values()} == {
+        others,
+        f"{others}/deployments",
+        "https://answers.example",
+    }
+    assert not any(service.alive for service in seen.values()) and all(one.given for one in seen.values())
+
+
+def test_a_server_that_somebody_else_started_on_our_port_is_told_as_such(
+    tmp_path: Path, config: Config, others: str
+) -> None:
+    services = config.services.model_copy(update={"mlflow_port": int(others.rpartition(":")[2])})
+    by_name = {
+        service.name: service
+        for service in list_services(tmp_path, config.model_copy(update={"services": services}))
+    }
+    assert (by_name["mlflow"].answers, by_name["mlflow"].alive) == (True, False)
+    assert (by_name["prefect"].answers, by_name["prefect"].alive) == (False, False)
 
 
 def test_stopping_ends_the_whole_process_group(tmp_path: Path, sleeper: subprocess.Popen[bytes]) -> None:
