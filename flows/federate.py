@@ -14,7 +14,7 @@ from prefect import flow
 from flows.retrain import Retrained, bring_up_to_date, retraining, train_with_nodes
 from ratchet.config.params import Config, load_config
 from ratchet.errors import UserError
-from ratchet.federation.link.flower import FOLDER, check_enough, read_names
+from ratchet.federation.link.flower import FOLDER, read_names
 from ratchet.pipeline.checkout import locked
 from ratchet.pipeline.stage import project_root
 from ratchet.promotion.lineage import taught_by
@@ -30,10 +30,8 @@ def federate(root: str | None = None, reason: str = "by hand") -> Retrained:
     """
     home = project_root(root)
     config = load_config(home / "params.yaml")
-    with locked(home, "federate", wait=False):
-        check_enough(list(read_names(home / FOLDER).values()), config.federate)
-        with retraining(home, config) as workspace:
-            return train_with_nodes(workspace, config, reason, bring_up_to_date(workspace, force=True))
+    with locked(home, "federate", wait=False), retraining(home, config, with_nodes=True) as workspace:
+        return train_with_nodes(workspace, config, reason, bring_up_to_date(workspace, force=True))
 
 
 def forget(root: Path, config: Config, name: str, reason: str) -> list[int]:

@@ -96,18 +96,29 @@ def retrain(
         sources_for(region.topics if region else [], config.monitor) if topics is not None else []
     ):  # without a topic, only feedback is pulled
         pull_topic(home, source)
-    with retraining(home, config) as workspace:
+    with_nodes = config.retrain.trains_with == "nodes"
+    with retraining(home, config, with_nodes=with_nodes) as workspace:
         if region:
             land_region(workspace, region)
         stale = bring_up_to_date(workspace, force)
-        if config.retrain.trains_with == "nodes":
+        if with_nodes:
             return train_with_nodes(workspace, config, reason, stale)
         return go_round(workspace, config, reason, stale)
 
 
 @contextmanager
-def retraining(home: Path, config: Config) -> Iterator[Workspace]:
-    """Yield the workspace of a retraining, of which there is one at a time. Raises CheckoutError."""
+def retraining(home: Path, config: Config, *, with_nodes: bool = False) -> Iterator[Workspace]:
+    """Yield the workspace of a retraining, of which there is one at a time. Raises CheckoutError.
+
+    `with_nodes` trains with those of a federation. Raises UserError: fewer are invited than have to take
+    part; ConfigError: they could not follow the settings. Nothing is opened then.
+    """
+    if with_nodes:
+        from ratchet.federation.link.flower import FOLDER, check_enough, read_names
+        from tasks.federate import check_trainable  # loads torch
+
+        check_enough(list(read_names(home / FOLDER).values()), config.federate)
+        check_trainable(config)
     with (
         locked(home, "retrain"),
         open_workspace(home, "retrain", say, keep_failed=config.retrain.keep_workspaces) as workspace,
@@ -118,12 +129,10 @@ def retraining(home: Path, config: Config) -> Iterator[Workspace]:
 
 def train_with_nodes(workspace: Workspace, config: Config, reason: str, stale: set[str]) -> Retrained:
     """Do what a retraining does, with the rounds of the federation in place of the stage `train`."""
-    from ratchet.federation.link.flower import FOLDER, FlowerLink, check_enough, read_names
-    from tasks.federate import check_trainable, forget_run, train_together  # loads torch
+    from ratchet.federation.link.flower import FlowerLink
+    from tasks.federate import forget_run, train_together  # loads torch
 
     home = workspace.root
-    check_trainable(config)
-    check_enough(list(read_names(home / FOLDER).values()), config.federate)
 
     def train(inside: Workspace) -> None:
         train_together(inside.path, home, config, FlowerLink(home), say)
