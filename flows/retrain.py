@@ -128,12 +128,12 @@ def require_nodes(home: Path, config: Config) -> None:
     Raises ConfigError: their updates could not be aggregated; UserError: too few are invited or connected;
     ServiceError: the link to them does not run.
     """
-    from ratchet.federation.link.flower import FOLDER, FlowerLink, check_enough, read_names
+    from ratchet.federation.link.flower import FOLDER, FlowerLink, check_invited, read_names
     from ratchet.federation.rounds import wait_for_nodes
     from tasks.federate import check_trainable, is_interrupted  # loads torch
 
     check_trainable(config)
-    check_enough(list(read_names(home / FOLDER).values()), config.federate)
+    check_invited(list(read_names(home / FOLDER).values()), config.federate)
     if not is_interrupted(home):  # its nodes may have answered before they went away
         wait_for_nodes(FlowerLink(home), config.federate, say)
 

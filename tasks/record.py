@@ -63,7 +63,8 @@ class Findings(NamedTuple):
         sizes = {name: total[name]["rows"] for name in ("accepted", "rejected", "duplicate")}
         batches = len(self.manifest.batches)
         if together := self.manifest.federation:
-            return Data(digest, batches, together.rows, **sizes, nodes=together.nodes)
+            share = together.told_share
+            return Data(digest, batches, together.rows, **sizes, nodes=together.nodes, share=share)
         return Data(digest, batches, total["rows"], **sizes)
 
 

@@ -183,20 +183,22 @@ def _mix(workspace: Workspace, delivery: Delivery, config: Config, say: Say) -> 
     choices = [choose_mixture(common.aggregate, own, loss) for own in owns]
     choice = min(choices, key=lambda one: one.loss)
     folded = common.write(out, choice.mixture, most)
-    origin = "the delivered one" if choice is choices[0] else "the base"
+    origin = ("the delivered one" if choice is choices[0] else "the base") if choice.share else ""
+    missing = max(folded.missing, delivery.federation.missing)
+    together = msgspec.structs.replace(
+        delivery.federation, own_share=choice.share, own_origin=origin, missing=missing
+    )
     say(
-        f"take: own share {choice.share:g}, of an adapter trained from {origin}; validation loss "
-        f"{choice.loss:.4f}; rank {folded.rank}, which has no room for {folded.missing:.2%} of a layer's "
-        "update, at most"
+        f"take: {together.told_share}; validation loss {choice.loss:.4f}; rank {folded.rank}, which has no "
+        f"room for {folded.missing:.2%} of a layer's update, at most"
     )
     figures = [read_json(home / "reports/figures.json") for home in homes]
-    missing = max(folded.missing, delivery.federation.missing)
     method = "qlora" if adapter.method == "qlora" else "lora"
     shape = {"method": method, "rank": folded.rank, "alpha": common.scale * folded.rank}
     return Taken(
         out,
         adapter.model_copy(update=shape),
-        msgspec.structs.replace(delivery.federation, own_share=choice.share, missing=missing),
+        together,
         {*_batches(workspace.root, delivery), *profile["batches"]},
         {**profile, "max_length": max(profile["max_length"], delivery.max_length)},
         choice.loss,

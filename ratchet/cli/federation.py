@@ -137,18 +137,23 @@ def join(
 ) -> None:
     """Connect this checkout as a node, and train when asked, until `ratchet federate down`.
 
-    Limits stay until others are given, also without an invitation and while the link runs.
+    Limits stay until others are given, also without an invitation and while the link runs. It waits for the
+    coordinator's first word, and fails where that is a refusal.
 
     Example: ratchet federate join hospital-a.invitation --hours 20-6
     """
     from ratchet.federation.link.invitations import Limits, accept
-    from ratchet.federation.link.party import READY
+    from ratchet.federation.link.party import READY, wait_for_word
     from ratchet.federation.records import NODE
 
     root = find_root()
     node = accept(root, invitation, Limits(rounds_a_day, hours, epsilon))
-    _start(root, "node", node.url, root / NODE / READY, read_config(root))
-    say(f"{node.name} connects to {node.url}, and trains when asked; limits: {node.limits}")
+    config = read_config(root)
+    _start(root, "node", node.url, root / NODE / READY, config)
+    if wait_for_word(root.resolve(), node.url, config.services.start_timeout, note):
+        say(f"{node.name} is connected to {node.url}, and trains when asked; limits: {node.limits}")
+    else:
+        say(f"{node.url} does not answer yet; {node.name} goes on trying; limits: {node.limits}")
 
 
 @app.command("leave")
@@ -214,11 +219,10 @@ def status(as_json: Json = False) -> None:
 def _start(root: Path, side: str, settings: str, ready: Path, config: Config) -> None:
     from ratchet.federation.link.flower import flower
     from ratchet.federation.link.party import end_left
-    from ratchet.services.specs import FEDERATION, plan_federation
-    from ratchet.services.supervisor import is_running, start_service
+    from ratchet.services.specs import plan_federation
+    from ratchet.services.supervisor import start_service
 
     flower("flower-superlink")  # said before anything starts
-    if not is_running(root, FEDERATION):
-        end_left(root)
     plan = plan_federation(root.resolve(), side, settings, config)
-    start_service(root, plan, ready.exists, config.services.start_timeout, note)
+    timeout = config.services.start_timeout
+    start_service(root, plan, ready.exists, timeout, note, before=lambda: end_left(root))

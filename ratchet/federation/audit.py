@@ -21,7 +21,7 @@ from ratchet.errors import RatchetError, UserError
 from ratchet.evaluation.canaries import Canary, make_audit_canaries
 from ratchet.federation import messages
 from ratchet.federation.messages import write_message
-from ratchet.federation.rounds import Link, Plan, sum_of
+from ratchet.federation.rounds import Link, Plan, asked_nodes, sum_of
 from ratchet.federation.secure import Words
 from ratchet.files import read_json, write_private
 from ratchet.privacy.audit import SHARES, Guesses, add_guesses, check_guesses, guess
@@ -88,9 +88,10 @@ def audit_at_nodes(
 ) -> Audited:
     """Let the nodes that are connected guess which of their canaries the version was trained on.
 
-    With `asked.masked` the sum of their counts is all that is learned; `home` keeps the id of its try.
+    With `asked.masked` the sum of their counts is all that is learned. `home` is the folder of the audit: a
+    coordinator that was killed asks the same nodes again.
     """
-    nodes, request = link.nodes(), write_message(asked, tensors)
+    nodes, request = asked_nodes(link, home), write_message(asked, tensors)
     replies = link.ask(dict.fromkeys(nodes, request), plan.settings.round_minutes * 60, f"{plan.run}-audit")
     found: dict[str, Guesses | None] = {}
     left_out = {}
@@ -99,33 +100,29 @@ def audit_at_nodes(
             found[node] = _read_guesses(replies.get(node, "it did not answer"), masked=asked.masked)
         except RatchetError as error:
             left_out[name] = str(error).splitlines()[0]
-    counts = [guesses for guesses in found.values() if guesses]
     if not asked.masked:
+        counts = [guesses for guesses in found.values() if guesses]
         names = sorted(nodes[node] for node in found)
         return Audited(add_guesses(counts) if counts else None, names, left_out)
-    sum_ = sum_of(link, plan, asked.round, home)
+    sum_ = sum_of(link, plan, asked.round, home, nodes)
     try:
         values, summed = sum_.total(list(found), 1 + 2 * len(SHARES))
     except RatchetError as error:
         why = str(error).splitlines()[0]
         return Audited(None, [], left_out | {nodes[node]: why for node in found})
-    left_out |= {nodes[node]: reason for node, reason in sum_.left_out.items()}
+    left_out |= sum_.left_out
     guesses = _read_words(values)
     if fault := check_guesses(guesses):
         return Audited(None, [], left_out | {nodes[node]: fault for node in summed})
     return Audited(guesses, sorted(nodes[node] for node in summed), left_out)
 
 
-def _read_guesses(reply: bytes | str, *, masked: bool) -> Guesses | None:
-    if isinstance(reply, str):
-        raise UserError(reply)
-    header = messages.read_reply(reply).header
-    if not isinstance(header, messages.Audited):
-        raise UserError(getattr(header, "reason", f"it sent {type(header).__name__}"))
+def _read_guesses(answer: bytes | str, *, masked: bool) -> Guesses | None:
+    guesses: Guesses | None = messages.read_answer(answer, messages.Audited).header.guesses
     if masked:
         return None
-    if header.guesses is None:
+    if guesses is None:
         raise UserError("it sent no counts")
-    if fault := check_guesses(header.guesses):
+    if fault := check_guesses(guesses):
         raise UserError(fault)
-    return header.guesses
+    return guesses

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from ratchet.errors import DataError, RatchetError, UserError
+from ratchet.errors import DataError, RatchetError
 from ratchet.federation import messages
 from ratchet.federation.messages import write_message
 from ratchet.federation.node import identity
@@ -43,7 +43,7 @@ def deliver(
     without = {name: "it is away" for name in manifest.federation.nodes if name not in nodes.values()}
     for node, name in nodes.items():
         try:
-            _check_reply(replies.get(node, "it did not answer"))
+            messages.read_answer(replies.get(node, "it did not answer"), messages.Delivered)
         except RatchetError as error:
             without[name] = str(error).splitlines()[0]
     given = sorted(set(nodes.values()) - without.keys())
@@ -51,13 +51,3 @@ def deliver(
     for name, why in without.items():
         say(f"federate: {name} has not got it: {why}; the next version that passes the gate goes out again")
     return without
-
-
-def _check_reply(reply: bytes | str) -> None:
-    if isinstance(reply, str):
-        raise UserError(reply)
-    header = messages.read_reply(reply).header
-    if isinstance(header, messages.Refused):
-        raise UserError(f"it refused: {header.reason}")
-    if not isinstance(header, messages.Delivered):
-        raise UserError(f"it sent {type(header).__name__}")

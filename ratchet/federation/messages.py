@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ratchet.errors import DataError
+from ratchet.errors import DataError, UserError
 from ratchet.evaluation.node_scores import Sums
 from ratchet.models.manifests import Together
 from ratchet.privacy.audit import Guesses
@@ -228,6 +228,21 @@ def read_request(data: bytes) -> Message:
 def read_reply(data: bytes) -> Message:
     """Read a reply. Raises DataError: it is none, or of another version."""
     return _read(data, Reply)
+
+
+def read_answer(answer: bytes | str, kind: type) -> Message:
+    """Read what came back from a node: its reply, or the reason why there is none.
+
+    Raises UserError: there is none, or the node refused; DataError: it is no reply of this kind.
+    """
+    if isinstance(answer, str):
+        raise UserError(answer)
+    message = read_reply(answer)
+    if isinstance(message.header, Refused):
+        raise UserError(f"it refused: {message.header.reason}")
+    if not isinstance(message.header, kind):
+        raise DataError(f"it sent {type(message.header).__name__}; wanted {kind.__name__}")
+    return message
 
 
 def _read(data: bytes, kinds: Any) -> Message:

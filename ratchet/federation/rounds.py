@@ -25,7 +25,7 @@ from ratchet.federation import aggregation, messages
 from ratchet.federation.aggregation import Aggregate, LowRank
 from ratchet.federation.messages import write_message
 from ratchet.federation.records import RECORD, Part, Round
-from ratchet.federation.secure import SharesMissing, Sum
+from ratchet.federation.secure import SharesMissing, Sum, check_enough
 from ratchet.federation.state import distance, read_state, state_tensors, updates_of, write_state
 from ratchet.federation.strategies import make_strategy
 from ratchet.files import read_json, write_bytes, write_json
@@ -141,7 +141,7 @@ def _run_round(
     received = _receive(replies, nodes, current, settings)
     for name, reason in received.left_out.items():
         say(f"round {number}: without {name}: {reason}")
-    _check_enough(received.parts, settings, received.left_out, number)
+    check_enough(number, received.parts, settings.min_nodes, received.left_out)
     if settings.secure:
         after, rows, received = _sum(link, home, received, nodes, current, plan, number, factors)
     else:
@@ -209,15 +209,9 @@ def _receive(
     for node, name in nodes.items():
         reply = replies.get(node, "it did not answer")
         try:
-            if isinstance(reply, str):
-                raise UserError(reply)
-            size += len(reply)
-            message = messages.read_reply(reply)
+            size += len(reply) if isinstance(reply, bytes) else 0
+            message = messages.read_answer(reply, messages.Trained)
             trained = message.header
-            if isinstance(trained, messages.Refused):
-                raise UserError(f"it refused: {trained.reason}")
-            if not isinstance(trained, messages.Trained):
-                raise UserError(f"it sent {type(trained).__name__} in place of an update")
             if not math.isfinite(trained.train_loss) or (trained.rows < 1 and not settings.secure):
                 raise UserError(f"it trained on {trained.rows} rows to a loss of {trained.train_loss}")
             messages.check_tensors(message.tensors, {} if settings.secure else current.adapter)
@@ -261,18 +255,6 @@ def _without_long(received: Received, current: Aggregate, settings: FederateConf
         {**received.left_out, **told},
         received.received_bytes,
     )
-
-
-def _check_enough(
-    nodes: Mapping[str, object], settings: FederateConfig, left_out: Mapping[str, str], number: int
-) -> None:
-    if len(nodes) < settings.min_nodes:
-        why = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
-        raise UserError(
-            f"round {number} has the updates of {len(nodes)} nodes, `federate.min_nodes` asks for "
-            f"{settings.min_nodes}" + (f" ({why})" if why else ""),
-            remedy="the champion stays; mend the nodes that are named, and start the training again",
-        )
 
 
 # --- aggregation ---
@@ -328,25 +310,33 @@ def _sum(
     factors: str,
 ) -> tuple[Aggregate, int, Received]:
     """Return the aggregate and the number of rows from the nodes' masked sum. Raises UserError."""
-    summed = sum_of(link, plan, number, home).of(list(received.parts), current.adapter, factors)
-    left_out = {nodes[node]: reason for node, reason in summed.left_out.items()}
+    sum_ = sum_of(link, plan, number, home, nodes)
+    summed = sum_.of(list(received.parts), current.adapter, factors)
     found = Received(
         {node: received.parts[node] for node in summed.nodes},
         {},
-        received.left_out | left_out,
+        received.left_out | summed.left_out,
         received.received_bytes + summed.received_bytes,
     )
     return Aggregate(summed.weights, current.residual), summed.rows, found
 
 
-def sum_of(link: Link, plan: Plan, number: int, home: Path) -> Sum:
+def asked_nodes(link: Link, home: Path) -> dict[str, str]:
+    """Return the nodes that are connected, id → name; a coordinator that was killed gets the same again."""
+    if not (home / NODES).exists():
+        write_json(home / NODES, link.nodes())
+    nodes: dict[str, str] = read_json(home / NODES)
+    return nodes
+
+
+def sum_of(link: Link, plan: Plan, number: int, home: Path, nodes: Mapping[str, str]) -> Sum:
     """Return the secure sum that goes on in this round, whose files are in `home`, or a new one."""
     attempt = _attempt(home)
 
     def ask(requests: Mapping[str, bytes], step: str) -> dict[str, bytes | str]:
         return link.ask(requests, STEP_SECONDS, f"{plan.run}-{number}-{attempt}-{step}")
 
-    return Sum(plan.run, number, attempt, ask, plan.settings.min_nodes)
+    return Sum(plan.run, number, attempt, ask, plan.settings.min_nodes, nodes)
 
 
 def score_at_nodes(
@@ -358,21 +348,14 @@ def score_at_nodes(
     all that is learned. `home` is the folder of the comparison: a coordinator that was killed asks the same
     nodes again.
     """
-    if not (home / NODES).exists():
-        write_json(home / NODES, link.nodes())
-    nodes: dict[str, str] = read_json(home / NODES)
+    nodes = asked_nodes(link, home)
     request = write_message(asked, tensors)
     replies = link.ask(dict.fromkeys(nodes, request), plan.settings.round_minutes * 60, f"{plan.run}-score")
     found: dict[str, dict[str, Sums]] = {}
     left_out = {}
     for node, name in nodes.items():
-        reply = replies.get(node, "it did not answer")
         try:
-            if isinstance(reply, str):
-                raise UserError(reply)
-            header = messages.read_reply(reply).header
-            if not isinstance(header, messages.Scored):
-                raise UserError(getattr(header, "reason", f"it sent {type(header).__name__}"))
+            header = messages.read_answer(replies.get(node, "it did not answer"), messages.Scored).header
             if fault := check_sums(header.groups, asked.least):
                 raise UserError(fault)
             if not header.groups and not asked.masked:
@@ -384,12 +367,12 @@ def score_at_nodes(
     if not asked.masked:
         return Scores(asked.metric, rival, found, left_out)
     there = [node for node, name in nodes.items() if name in found]
-    sum_ = sum_of(link, plan, asked.round, home)
+    sum_ = sum_of(link, plan, asked.round, home, nodes)
     try:
         values, summed = sum_.total(there, len(Sums.__struct_fields__))
     except RatchetError as error:
         left_out |= {nodes[node]: str(error).splitlines()[0] for node in there}
         return Scores(asked.metric, rival, {}, left_out)
-    left_out |= {nodes[node]: reason for node, reason in sum_.left_out.items()}
+    left_out |= sum_.left_out
     sums = Sums(round(values[0]), *(float(value) for value in values[1:]))
     return Scores(asked.metric, rival, {}, left_out, sums, sorted(nodes[node] for node in summed))

@@ -7,7 +7,7 @@ drops out after it sent its vector costs nothing: the vector is in the sum, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +29,7 @@ class Summed(NamedTuple):
     weights: dict[str, Tensor]  # the mean adapter
     rows: int
     nodes: list[str]
-    left_out: dict[str, str]  # node → reason
+    left_out: dict[str, str]  # name → reason
     received_bytes: int
 
 
@@ -56,14 +56,33 @@ class SharesMissing(UserError):
     """The vectors are here, and too few shares of their masks: the same shares can be asked for again."""
 
 
+def check_enough(number: int, nodes: Sized, least: int, left_out: Mapping[str, str]) -> None:
+    """Raise UserError unless a round has the updates of enough nodes; `left_out`: name → reason."""
+    if len(nodes) < least:
+        raise UserError(
+            f"round {number} has the updates of {len(nodes)} nodes, wanted {least}{_why(left_out)}",
+            remedy="the champion stays; mend the nodes that are named, and start the training again; "
+            "`federate.min_nodes` asks for them, and a secure sum for more than half of those that trained",
+        )
+
+
+def _why(left_out: Mapping[str, str]) -> str:
+    return f" ({'; '.join(f'{node}: {reason}' for node, reason in left_out.items())})" if left_out else ""
+
+
 class Sum:
     """One round's secure sum, seen from the coordinator."""
 
-    def __init__(self, run: str, number: int, attempt: str, ask: Ask, least: int) -> None:
-        """`least` nodes have to be in the sum; `attempt` is another one when it is begun anew."""
+    def __init__(
+        self, run: str, number: int, attempt: str, ask: Ask, least: int, names: Mapping[str, str]
+    ) -> None:
+        """`least` nodes have to be in the sum; `attempt` is another one when it is begun anew.
+
+        `names`: node → what it is called in reasons.
+        """
         self._which = (run, number, attempt)
-        self._number, self._ask, self._least = number, ask, least
-        self.left_out: dict[str, str] = {}
+        self._number, self._ask, self._least, self._names = number, ask, least, names
+        self.left_out: dict[str, str] = {}  # name → reason
         self._size = 0
 
     def of(self, nodes: list[str], current: Mapping[str, Tensor], factors: str) -> Summed:
@@ -89,7 +108,7 @@ class Sum:
         dealt = self._step("deal", {place: messages.Deal(*which, publics) for place in published}, places)
         for place in list(dealt):
             if {*dealt[place].header.letters, place} != {*publics}:
-                self.left_out[places[place]] = "deal: its letters are for others than those asked for"
+                self.left_out[self._names[places[place]]] = "deal: its letters are for other nodes"
                 del dealt[place]
         self._check(dealt, least)
         letters = {
@@ -103,7 +122,7 @@ class Sum:
         for place, message in masked.items():
             words = message.tensors.get("words")
             if words is None or words.dtype != torch.int64 or tuple(words.shape) != (length,):
-                self.left_out[places[place]] = "it sent a vector of another length"
+                self.left_out[self._names[places[place]]] = "it sent a vector of another length"
             else:
                 vectors[place] = words.numpy().view(np.uint64)
         self._check(vectors, least)
@@ -114,12 +133,12 @@ class Sum:
         for place in list(revealed):
             header = revealed[place].header
             if ([*sorted(header.seeds)], [*sorted(header.keys)]) != (sent, dropped):
-                self.left_out[places[place]] = "reveal: its shares are of others than those asked for"
+                self.left_out[self._names[places[place]]] = "reveal: its shares are of other nodes"
                 del revealed[place]
         if len(revealed) < threshold:
             raise SharesMissing(
-                f"{len(revealed)} nodes gave their shares in round {self._number}, wanted {threshold}: "
-                + self._why,
+                f"{len(revealed)} nodes gave their shares in round {self._number}, wanted {threshold}"
+                + _why(self.left_out),
                 remedy="the champion stays; start the training again when the nodes that are named are back: "
                 "they are asked for the same shares",
             )
@@ -143,29 +162,15 @@ class Sum:
         found = {}
         for place in requests:
             reply = replies.get(places[place], "it did not answer")
+            self._size += len(reply) if isinstance(reply, bytes) else 0
             try:
-                if isinstance(reply, str):
-                    raise UserError(reply)
-                self._size += len(reply)
-                message = messages.read_reply(reply)
-                if not isinstance(message.header, WANTED[name]):
-                    kind = type(message.header).__name__
-                    raise UserError(getattr(message.header, "reason", f"it sent {kind}"))
-                found[place] = message
+                found[place] = messages.read_answer(reply, WANTED[name])
             except RatchetError as error:
-                self.left_out[places[place]] = f"{name}: {str(error).splitlines()[0]}"
+                self.left_out[self._names[places[place]]] = f"{name}: {str(error).splitlines()[0]}"
         return found
 
-    @property
-    def _why(self) -> str:
-        return "; ".join(f"{node}: {reason}" for node, reason in self.left_out.items())
-
     def _check(self, found: Mapping[int, object], least: int) -> None:
-        if len(found) < least:
-            raise UserError(
-                f"{len(found)} nodes are in the sum of round {self._number}, wanted {least}: {self._why}",
-                remedy="the champion stays; mend the nodes that are named, and start the training again",
-            )
+        check_enough(self._number, found, least, self.left_out)
 
     def _mean(
         self, values: Words, current: Mapping[str, Tensor], names: list[str], nodes: list[str]

@@ -95,7 +95,8 @@ class Together(msgspec.Struct, frozen=True):
     missing: float = 0.0  # share of a layer's update that the adapter's rank had no room for, at most
     epsilon: float | None = None  # spent of the privacy of a node's rows, at most, with earlier trainings
     delta: float = 0.0
-    own_share: float | None = None  # of the adapter that a node mixed into it, trained on its own rows alone
+    own_share: float | None = None  # of the adapter that a node trained on its own rows and mixed into it
+    own_origin: str = ""  # what that adapter was trained from
 
     @property
     def told(self) -> str:
@@ -104,8 +105,14 @@ class Together(msgspec.Struct, frozen=True):
             f"{len(self.nodes)} nodes ({', '.join(self.nodes)}) in {self.rounds} rounds on {self.rows} rows "
             f"that stayed there; {self.strategy}, {self.aggregation}; {seen}; "
             + (f"ε = {self.epsilon:.3g}, δ = {self.delta:g}" if self.epsilon is not None else "no ε")
-            + (f", own share {self.own_share:g}" if self.own_share is not None else "")
+            + (f", {self.told_share}" if self.own_share is not None else "")
         )
+
+    @property
+    def told_share(self) -> str:
+        """Tell which share a node's own adapter has in a personal version, and where that came from."""
+        of = f" of an adapter trained from {self.own_origin}" if self.own_origin else ""
+        return f"own share {self.own_share:g}{of}" if self.own_share is not None else ""
 
 
 class TrainedManifest(msgspec.Struct, frozen=True):

@@ -21,6 +21,7 @@ class Data(msgspec.Struct, frozen=True):
     """The rows that a version was made of: DVC's hash of data/raw, and how many rows there are.
 
     A federation's `nodes` keep their rows; then `rows` counts those, and data/raw is what it was judged on.
+    `share` tells which part of a personal version a node trained on its own rows.
     """
 
     dvc: str = ""
@@ -30,12 +31,14 @@ class Data(msgspec.Struct, frozen=True):
     rejected: int = 0
     duplicate: int = 0
     nodes: list[str] = []
+    share: str = ""
 
     @property
     def told(self) -> str:
         if self.nodes:
             names = ", ".join(self.nodes)
-            return f"{self.rows} rows at {len(self.nodes)} nodes ({names}); judged on DVC {self.dvc}"
+            share = f", {self.share}" if self.share else ""
+            return f"{self.rows} rows at {len(self.nodes)} nodes ({names}){share}; judged on DVC {self.dvc}"
         return f"{self.rows} rows in {self.batches} batches, DVC {self.dvc}"
 
 

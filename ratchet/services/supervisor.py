@@ -106,17 +106,24 @@ def start_services(root: Path, config: Config, *, report: Report) -> list[Servic
 
 
 def start_service(
-    root: Path, plan: Plan, is_ready: Callable[[], bool], timeout: float, report: Report
+    root: Path,
+    plan: Plan,
+    is_ready: Callable[[], bool],
+    timeout: float,
+    report: Report,
+    before: Callable[[], object],
 ) -> None:
     """Start one service that is not among those of `ratchet up`, and wait until it is ready.
 
-    Raises ServiceError when it dies or takes too long; it is stopped then.
+    `before` ends what an earlier process left, where it does not run. Raises ServiceError when it dies or
+    takes too long; it is stopped then.
     """
     root, began = root.resolve(), time.monotonic()
     with locked(root, "up", wait=False):
         if _is_kept(root, plan):
             report(f"{plan.name}: runs already")
             return
+        before()
         if plan.key:
             require_free_port(plan.port, plan.key)
         _start(root, plan, report)

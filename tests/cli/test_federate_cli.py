@@ -128,8 +128,8 @@ def test_versions_that_a_node_taught_are_found():
 
 def test_too_few_invited_nodes_are_told_before_anything_waits():
     with pytest.raises(UserError, match=r"1 nodes are invited \(north\); `federate.min_nodes` asks for 2"):
-        flower.check_enough(["north"], FederateConfig(min_nodes=2))
-    flower.check_enough(["north", "south"], FederateConfig(min_nodes=2))
+        flower.check_invited(["north"], FederateConfig(min_nodes=2))
+    flower.check_invited(["north", "south"], FederateConfig(min_nodes=2))
 
 
 def test_a_file_that_is_no_public_key_is_refused(checkout):

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import msgspec
 import psutil
@@ -50,8 +50,16 @@ class Live:
         self.nodes: dict[str, Path] = {}
         self.runs: list[subprocess.Popen[str]] = []
 
+    def ratchet(self, home: Path, *arguments: str | Path) -> Done:
+        """Run a command in a checkout."""
+        return ratchet("-C", home, *arguments)
+
+    def start(self, command: list[str], log: IO[str]) -> subprocess.Popen[str]:
+        """Start a process of the coordinator."""
+        return subprocess.Popen(command, text=True, stdout=log, stderr=subprocess.STDOUT)
+
     def up(self) -> Done:
-        return _done(ratchet("-C", self.root, "federate", "up"))
+        return _done(self.ratchet(self.root, "federate", "up"))
 
     def command(self, side: str) -> list[str]:
         """What `up` and `join` start, for starting it by hand."""
@@ -62,12 +70,12 @@ class Live:
 
     def invite(self, home: Path) -> Path:
         invitation = self.root / f"{home.name}.invitation"
-        _done(ratchet("-C", self.root, "federate", "invite", home.name, "--out", invitation))
+        _done(self.ratchet(self.root, "federate", "invite", home.name, "--out", invitation))
         self.nodes[home.name] = home
         return invitation
 
     def join(self, home: Path, *invitation: Path) -> Done:
-        return _done(ratchet("-C", home, "federate", "join", *invitation))
+        return _done(self.ratchet(home, "federate", "join", *invitation))
 
     def connected(self) -> set[str]:
         """The names of the nodes that the relay sees."""
@@ -82,7 +90,7 @@ class Live:
         write_json(asked, {**paths, "plan": described, "patience": patience()})
         with folder.with_suffix(".log").open("a") as log:
             command = [sys.executable, "-c", RUN, str(asked)]
-            self.runs.append(subprocess.Popen(command, text=True, stdout=log, stderr=subprocess.STDOUT))
+            self.runs.append(self.start(command, log))
         return self.runs[-1]
 
     def stop(self) -> None:
@@ -90,7 +98,7 @@ class Live:
             run.kill()
             run.wait()
         for home in (*self.nodes.values(), self.root):
-            ratchet("-C", home, "federate", "down")
+            self.ratchet(home, "federate", "down")
 
 
 def _done(done: Done) -> Done:

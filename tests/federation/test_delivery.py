@@ -123,7 +123,7 @@ def test_nodes_that_have_not_got_it_are_named(tmp_path, link, candidate, tiny_ba
     version = make_version(tmp_path / "version", candidate, nodes=("north", "south"))
     assert give(link, version, tiny_base) == {"south": "it is away", "north": "no reply within 1 s"}
     link.instead["north"] = messages.write_message(messages.Masked())
-    assert give(link, version, tiny_base)["north"] == "it sent Masked"
+    assert give(link, version, tiny_base)["north"] == "it sent Masked; wanted Delivered"
 
 
 def test_a_link_that_died_fails_no_run(tmp_path, candidate, tiny_base, capsys, monkeypatch):

@@ -406,13 +406,13 @@ def test_under_masks_the_sums_of_scores_are_those_over_all_nodes(tmp_path):
     link.away = {"b": "deal"}
     few = score_at_nodes(link, tmp_path / "few", plan(**SECURE), asked_for_scores(), {})
     assert few.together == {} and sorted(few.left_out) == ["a", "b", "c"]
-    assert "2 nodes are in the sum of round 3, wanted 3" in few.left_out["a"]
+    assert "round 3 has the updates of 2 nodes, wanted 3 (b: deal: no reply" in few.left_out["a"]
 
 
 def test_too_many_that_drop_out_end_the_run(tmp_path):
     link = Secure(tmp_path / "nodes", ROWS)
     link.away = {"b": "mask"}
-    with pytest.raises(UserError, match="2 nodes are in the sum of round 1, wanted 3"):
+    with pytest.raises(UserError, match=r"updates of 2 nodes, wanted 3 \(b: mask: no reply"):
         run_rounds(link, tmp_path / "secure", Aggregate(adapter(1), {}), plan(rounds=1, **SECURE), quiet)
 
 

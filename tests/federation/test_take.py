@@ -161,6 +161,10 @@ def test_the_loss_on_the_nodes_rows_is_measured_as_a_training_does(
     assert figures(reports)["seconds"] == 0
 
 
+def own_loss(own: tuple[str, dict[str, Any]]) -> float:
+    return float(own[1]["best_validation_loss"])
+
+
 def test_a_personal_mixture_is_no_worse_than_its_ends(
     workspace: Workspace, candidate: Path, tiny_config: Config
 ) -> None:
@@ -180,7 +184,12 @@ def test_a_personal_mixture_is_no_worse_than_its_ends(
     assert found["steps"] == sum(own["steps"] for own in owns) and found["seconds"] > 0
     manifest = read_trained_manifest(workspace.path / "models/candidate")
     assert manifest.federation is not None and manifest.federation.own_share in (0.25, 0.5, 0.75, 1.0)
-    assert manifest.federation.told.endswith(f", own share {manifest.federation.own_share:g}")
+    origin = min(("the delivered one", owns[0]), ("the base", owns[1]), key=own_loss)[0]
+    if manifest.federation.own_share == 1:
+        assert manifest.federation.own_origin == origin
+    share = f"own share {manifest.federation.own_share:g} of an adapter trained from "
+    assert manifest.federation.told.endswith(f", {share}{manifest.federation.own_origin}")
+    assert manifest.federation.own_origin in ("the delivered one", "the base")
     weights = load_file(workspace.path / "models/candidate" / WEIGHTS)
     ranks = {tensor.shape[0] for name, tensor in weights.items() if name.endswith(DOWN)}
     assert ranks == {manifest.adapter.rank}

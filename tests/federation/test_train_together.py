@@ -7,14 +7,17 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import pytest
+from prefect import Flow
 
+from flows.federate import federate
+from flows.retrain import retrain
 from ratchet.config.federation import FederateConfig
 from ratchet.config.params import Config
-from ratchet.errors import ConfigError
+from ratchet.errors import ConfigError, UserError
 from ratchet.federation.link.flower import FOLDER
 from ratchet.federation.messages import Refused, Train, Trained, read_request, write_message
 from ratchet.federation.records import FORGOTTEN, ForgottenNode, read_trained_rounds
@@ -109,9 +112,21 @@ def test_the_reports_are_those_of_a_training_with_each_round(coordinator: Coordi
     assert figures["rows"]["rows"] == 120 and figures["steps"] == 8
     assert figures["learned_tokens_per_second"] == pytest.approx(2000 / figures["seconds"])
     assert read_json(reports / "nodes.json")["left_out"] == {
-        "north": "no held-out rows",
-        "south": "no held-out rows",
+        "north": "it refused: no held-out rows",
+        "south": "it refused: no held-out rows",
     }
+
+
+@pytest.mark.parametrize("flow", [retrain, federate], ids=["retrain", "federate"])
+def test_too_few_invited_nodes_are_told_before_a_workspace_is_opened(
+    tmp_path: Path, tiny_config: Config, flow: Flow[..., Any]
+) -> None:
+    """The folder is no git repository, so a workspace could not be opened."""
+    with_nodes = tiny_config.retrain.model_copy(update={"trains_with": "nodes"})
+    config = tiny_config.model_copy(update={"retrain": with_nodes})
+    write_json(tmp_path / "params.yaml", config.model_dump(mode="json"))
+    with pytest.raises(UserError, match=r"0 nodes are invited \(none\); `federate.min_nodes` asks for 2"):
+        flow.fn(root=str(tmp_path))
 
 
 @pytest.mark.parametrize(

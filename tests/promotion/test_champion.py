@@ -154,3 +154,6 @@ def test_rows_that_stayed_at_nodes_are_told_as_such():
     assert Data("d.dir", 0, 62, nodes=["north", "south"]).told == (
         "62 rows at 2 nodes (north, south); judged on DVC d.dir"
     )
+    assert Data("d.dir", 1, 62, nodes=["north"], share="own share 1 of an adapter").told == (
+        "62 rows at 1 nodes (north), own share 1 of an adapter; judged on DVC d.dir"
+    )

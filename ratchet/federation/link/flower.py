@@ -24,6 +24,7 @@ from ratchet.services.environment import HOST, NO_TELEMETRY
 
 FOLDER = Path(".ratchet/federation/coordinator")
 LINK = Path(__file__).parent
+POLL = 0.2  # seconds between two looks for replies
 ALIVE_SECONDS = 60.0  # without a sign of the relay after which it counts as gone
 APP = """[build-system]
 requires = ["hatchling"]
@@ -144,7 +145,7 @@ class FlowerLink:
             write_json(folder / "request.json", {"seconds": seconds})
         while not (folder / "done").exists():
             self._check_alive()
-            time.sleep(0.2)
+            time.sleep(POLL)
         found: dict[str, bytes | str] = {}
         for node in requests:
             reply, error = folder / f"{node}.reply", folder / f"{node}.error"
@@ -176,7 +177,7 @@ def read_names(folder: Path) -> dict[str, str]:
     return found
 
 
-def check_enough(names: Collection[str], settings: FederateConfig) -> None:
+def check_invited(names: Collection[str], settings: FederateConfig) -> None:
     """Raise UserError if fewer nodes are invited than have to take part, since no wait would help."""
     if len(names) < settings.min_nodes:
         raise UserError(

@@ -1,7 +1,7 @@
 """Run one side of a federation until SIGTERM: `python -m ratchet.federation.link.party coordinator|node`.
 
 It starts Flower's processes, and ends when one of them ends, so that the service is seen to be down; a
-SuperNode is started again first. When it is killed they go on: `end_left` ends them.
+SuperNode is started again first. When it is killed they go on: whoever starts it calls `end_left` before.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import psutil
 
@@ -31,8 +32,11 @@ from ratchet.pipeline.stage import project_root, say
 from ratchet.services.environment import HOST
 from ratchet.services.processes import end_family, find_process
 from ratchet.services.specs import FEDERATION
+from ratchet.services.supervisor import is_running
 
 READY = "ready.json"  # in the side's folder, while its processes run and answer
+WORD = "word.json"  # in a node's folder: whether the coordinator let it in when it was asked last
+LET_IN = "SuperNode ID:"  # what a SuperNode says then
 CHILDREN = "children.json"  # the processes, and when they were created
 START_SECONDS = 180.0
 # A node that was killed counts as connected for a minute, in which the SuperLink refuses it. It tries longer.
@@ -47,8 +51,19 @@ class Children:
         self._note = folder / CHILDREN
         self._running: dict[str, subprocess.Popen[bytes]] = {}
 
-    def start(self, name: str, command: list[str], environment: Mapping[str, str], folder: Path) -> None:
-        self._running[name] = subprocess.Popen(command, env=environment, cwd=folder, stdin=subprocess.DEVNULL)
+    def start(
+        self,
+        name: str,
+        command: list[str],
+        environment: Mapping[str, str],
+        folder: Path,
+        out: BinaryIO | None = None,
+    ) -> None:
+        """Start a process; what it says goes to `out`, or to where this one's words go."""
+        said = None if out is None else subprocess.STDOUT
+        self._running[name] = subprocess.Popen(
+            command, env=environment, cwd=folder, stdin=subprocess.DEVNULL, stdout=out, stderr=said
+        )
         with contextlib.suppress(psutil.Error):  # one has ended already: `check` says so
             pids = [process.pid for process in self._running.values()]
             write_json(self._note, [[pid, psutil.Process(pid).create_time()] for pid in pids])
@@ -92,6 +107,7 @@ def end_left(root: Path) -> bool:
     ended = False
     for folder in (root / flower.FOLDER, root / records.NODE):
         (folder / READY).unlink(missing_ok=True)
+        (folder / WORD).unlink(missing_ok=True)
         note = folder / CHILDREN
         for pid, created in read_json(note) if note.exists() else []:
             if process := find_process(pid, created):
@@ -183,6 +199,51 @@ def _touched(path: Path) -> float:
     return path.stat().st_mtime if path.exists() else 0.0
 
 
+def wait_for_word(root: Path, url: str, seconds: float, report: Callable[[str], None]) -> bool:
+    """Wait until a node's coordinator has let it in; return False where it does not answer in time.
+
+    Raises ServiceError: it does not let the node in, also not when a node that was killed would be away.
+    """
+    word, until, told = root / records.NODE / WORD, time.monotonic() + seconds, False
+    while not (found := read_json(word) if word.exists() else {}).get("in"):
+        if not is_running(root, FEDERATION):
+            ended = root / records.ENDED
+            raise ServiceError(
+                ended.read_text() if ended.exists() else "the node's link has ended",
+                remedy="ask the coordinator for another invitation; more is in .ratchet/logs/federation.log",
+            )
+        if found and not told:
+            report(
+                f"{url} does not let this node in; it is asked {TRIES} times, since a node that was killed "
+                "counts as connected for a minute"
+            )
+            told = True
+        if not found and time.monotonic() > until:
+            return False
+        time.sleep(0.3)
+    return True
+
+
+class Said:
+    """What a process says, in a file of its own; `pass_on` says it again here."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.out: BinaryIO = path.open("wb")
+        self._read = 0
+
+    def pass_on(self) -> str:
+        """Return the whole lines that are new."""
+        with self._path.open("rb") as file:
+            file.seek(self._read)
+            lines, end, _ = file.read().rpartition(b"\n")
+        self._read += len(lines + end)
+        text = lines.decode(errors="replace")
+        if text:
+            sys.stderr.write(f"{text}\n")
+        return text
+
+
 def run_node(root: Path) -> None:
     """Run SuperNode and loop. Raises ServiceError when one of them ends."""
     folder, settings = root / records.NODE, records.read_node(root)
@@ -202,18 +263,22 @@ def run_node(root: Path) -> None:
             *("--auth-supernode-private-key", str(folder / NODE_KEY)),
             *("--isolation", "process", "--host", HOST, "--port", str(port)),
         ]
-        children.start("the SuperNode", supernode, environment, home)
+        said = Said(home / "said.log")
+        children.start("the SuperNode", supernode, environment, home, said.out)
         command = [flower.flower("python"), str(LINK / "node_app.py"), f"{HOST}:{port}"]
         children.start("the node's loop", command, environment, root)
         say(f"node {settings.name}: connects to {settings.url}")
         refused = 0
         while True:
+            if LET_IN in said.pass_on():
+                write_json(folder / WORD, {"in": True})
             if (code := children.code("the SuperNode")) is not None:
                 refused = refused + 1 if code >= 0 else 0
+                write_json(folder / WORD, {"in": False})
                 if refused < TRIES:
                     say(f"the SuperNode ended with code {code}: it starts again in {TRY_SECONDS:.0f} s")
                     time.sleep(TRY_SECONDS)
-                    children.start("the SuperNode", supernode, environment, home)
+                    children.start("the SuperNode", supernode, environment, home, said.out)
                 else:
                     raise ServiceError(
                         f"the coordinator at {settings.url} did not let this node in, {refused} times: was "
@@ -235,7 +300,6 @@ def main() -> int:
     root = project_root()
     try:
         with locked(root, FEDERATION, wait=False):
-            end_left(root)
             (root / records.ENDED).unlink(missing_ok=True)
             if sys.argv[1] == "coordinator":
                 run_coordinator(root, load_config(root / "params.yaml"))
