@@ -123,6 +123,7 @@ def test_the_reports_are_those_of_a_training_with_each_round(coordinator: Coordi
         ("train", {"teacher": "champion"}, "nodes have no champion"),
         ("evaluate", {"canaries": 4}, "evaluate.canaries is 4"),
         ("evaluate", {"audit_canaries": 4}, "audit_canaries 4"),
+        ("federate", {"audit_canaries": 4}, "no claim to test"),
     ],
 )
 def test_settings_that_no_node_could_follow_are_refused(
