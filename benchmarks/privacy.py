@@ -7,8 +7,8 @@ are the other training queries of the same intents, up to 70 each; each arm trai
 base by the project's own stages tokenize and train. `before` is the base's accuracy on the test rows, `none`
 the plain training with as many passes, in the smaller steps that suit it. Of the canaries of the audit each
 is planted with probability one half; `exposed` is the share of right guesses among them for the fifth of
-which the model seems surest, and `ε or more` the lower bound that follows from all guesses at 5 % error.
-Seconds are of one core.
+which the model seems surest, and `ε or more` the lower bound that follows from all guesses at 5 % error, the
+highest of all seeds. Seconds are of one core. Intervals are of 95 %, over the seeds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from benchmarks import clinc
 from benchmarks.clinc import DATA, READ, Counts, make_base, one_thread, read_domain, require_data
-from benchmarks.forgetting import accuracy
+from benchmarks.forgetting import accuracy, interval
 from ratchet.config.params import Config
 from ratchet.data.examples import Example, Message, encode_line, make_example
 from ratchet.files import read_json, write_bytes, write_json
@@ -182,15 +182,21 @@ def table(found: list[dict[str, Any]], arms: list[str], before: float) -> list[s
     ]
     for arm in arms:
         runs = [run for run in found if run["arm"] == arm]
-        mean = {
-            key: statistics.mean(run[key] for run in runs)
-            for key in ("accuracy", "exposed", "epsilon_low", "noise", "steps", "seconds")
-        }
+        mean = {key: told([run[key] for run in runs]) for key in ("accuracy", "exposed")}
+        low, noise = (max(run[key] for run in runs) for key in ("epsilon_low", "noise"))
+        steps, seconds = (statistics.mean(run[key] for run in runs) for key in ("steps", "seconds"))
         lines.append(
-            f"| {arm} | {mean['accuracy']:.3f} | {mean['exposed']:.3f} | {mean['epsilon_low']:.2f} "
-            f"| {mean['noise']:.2f} | {mean['steps']:.0f} | {mean['seconds']:.0f} |"
+            f"| {arm} | {mean['accuracy']} | {mean['exposed']} | {low:.2f} | {noise:.2f} | {steps:.0f} "
+            f"| {seconds:.0f} |"
         )
     return lines
+
+
+def told(values: list[float]) -> str:
+    """Return the mean of the seeds, with its interval where there are two or more."""
+    found = interval(values)
+    between = "" if found["low"] is None else f" [{found['low']:.3f}, {found['high']:.3f}]"
+    return f"{found['mean']:.3f}{between}"
 
 
 if __name__ == "__main__":

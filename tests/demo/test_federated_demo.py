@@ -15,17 +15,19 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from ratchet.config.params import load_config
-from ratchet.demo.federated import COORDINATOR, NODES, PLACE, ROUNDS
+from ratchet.demo.federated import COORDINATOR, EPSILON, NODES, PLACE, PRIVATE, ROUNDS
 from ratchet.evaluation.report import read_metrics
 from ratchet.federation.link.flower import FOLDER
 from ratchet.federation.records import DELIVERED, NODE, read_delivery, read_rounds
 from ratchet.models.loading import adapter_sha256
 from ratchet.models.manifests import read_trained_manifest
-from ratchet.promotion.champion import read_champion
-from ratchet.promotion.verdict import read_verdict
+from ratchet.pipeline.checkout import git
+from ratchet.promotion.champion import Champion, read_champion
+from ratchet.promotion.verdict import Rival, Verdict, read_verdict
 from ratchet.services.specs import FEDERATION
 from ratchet.services.supervisor import stop_service, stop_services
 
@@ -56,37 +58,51 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         stop_services(clone / PLACE / COORDINATOR, report=lambda _: None)
 
 
+def promoted(home: Path) -> tuple[Champion, Verdict]:
+    """The champion, and the verdict that put it in charge."""
+    champion = read_champion(home)
+    assert champion is not None
+    found = git(home, "show", f"{champion.commit}:reports/gate.json")
+    return champion, msgspec.json.decode(found, type=Verdict)
+
+
 def test_together_the_nodes_learn_what_the_base_does_not_know(place: Path) -> None:
     evaluated = read_metrics(place / COORDINATOR / "reports/evaluation").slices["test"]
-    scores = {model: evaluated[model].scores["exact_match"] for model in ("candidate", "base")}
-    assert scores["candidate"].low > scores["base"].mean + 0.03
-    (nodes,) = [
-        check
-        for check in read_verdict(place / COORDINATOR / "reports/gate.json").checks
-        if check.name == "nodes"
-    ]
+    scores = {model: evaluated[model].scores["exact_match"] for model in ("champion", "base")}
+    assert scores["champion"].low > scores["base"].mean + 0.03
+    (nodes,) = [check for check in promoted(place / COORDINATOR)[1].checks if check.name == "nodes"]
     assert nodes.result == "pass" and nodes.rows > 200 and nodes.gain is not None and nodes.gain[1] > 0
 
 
 def test_the_version_says_who_trained_it(place: Path) -> None:
-    home = place / COORDINATOR
-    manifest, verdict = (
-        read_trained_manifest(home / "models/candidate"),
-        read_verdict(home / "reports/gate.json"),
-    )
-    assert manifest.federation is not None
-    assert (manifest.federation.nodes, manifest.federation.rounds) == (sorted(NODES), ROUNDS)
+    champion, verdict = promoted(place / COORDINATOR)
     assert verdict.candidate.trained_by.startswith("3 nodes (north, south, west) in 4 rounds")
     assert verdict.verdict == "promote"
-    champion = read_champion(home)
-    assert champion is not None and champion.version == 1 and champion.run_key == manifest.run_key
+    assert (champion.version, champion.run_key) == (1, verdict.candidate.run_key)
     for name in NODES:
-        assert [done.round for done in read_rounds(place / name)] == [1, 2, 3, 4]
+        rounds = [done.round for done in read_rounds(place / name)]
+        assert rounds == [*range(1, ROUNDS + 1), *range(1, PRIVATE["federate"]["rounds"] + 1)]
         delivery = read_delivery(place / name)
-        assert delivery is not None
-        assert (delivery.version, delivery.federation) == (1, manifest.federation)
+        assert delivery is not None and delivery.version == 1
+        assert (delivery.federation.nodes, delivery.federation.rounds) == (sorted(NODES), ROUNDS)
         kept = place / name / NODE / DELIVERED
         assert adapter_sha256(kept) == champion.adapter_sha256
+
+
+def test_the_version_with_privacy_meets_the_same_gate_and_the_champion_stays(place: Path) -> None:
+    home = place / COORDINATOR
+    together, verdict = (
+        read_trained_manifest(home / "models/candidate").federation,
+        read_verdict(home / "reports/gate.json"),
+    )
+    assert together is not None and together.epsilon is not None
+    assert 0.9 * EPSILON < together.epsilon <= EPSILON
+    assert "ε = 7.9" in verdict.candidate.trained_by or "ε = 8" in verdict.candidate.trained_by
+    (privacy,) = [check for check in verdict.checks if check.name == "privacy"]
+    assert privacy.result == "pass" and "ε = 8, δ = 1e-05 for each of" in privacy.reason
+    assert verdict.rival == Rival("champion", 1) and verdict.verdict != "promote"
+    for name in NODES:
+        assert read_rounds(place / name)[-1].epsilon == pytest.approx(together.epsilon, rel=0.05)
 
 
 def test_no_row_of_a_node_is_at_the_coordinator(place: Path) -> None:

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import os
 import random
-import runpy
 import subprocess
-import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from calm import Calm
 from live import Live, find, kill, party, wait_until
-from parties import Direct, make_node
+from parties import make_node
 from patience import scaled
 from safetensors.torch import load_file
 
@@ -28,7 +26,7 @@ from ratchet.config.params import Config
 from ratchet.config.training import BaseConfig
 from ratchet.federation.aggregation import Aggregate
 from ratchet.federation.link.flower import FOLDER, FlowerLink
-from ratchet.federation.node import handle, identity
+from ratchet.federation.node import identity
 from ratchet.federation.rounds import STATE, Plan, run_rounds
 from ratchet.files import read_json
 from ratchet.models.adapters import load_trainable, save_trained
@@ -46,31 +44,6 @@ SETTINGS = {
     "secure": FederateConfig(rounds=ROUNDS, min_nodes=3, secure=True, aggregation="alternate"),
 }
 KINDS = ("run", "link", "SuperLink", "coordinator's service", "node", "SuperNode", "training")
-
-
-class Calm(Direct):
-    """The same nodes without a network, and with the stages in this process, which has torch already."""
-
-    def call(self, root: Path, request: bytes) -> bytes | str:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(subprocess, "run", run_here)
-            return handle(root, request)
-
-
-def run_here(
-    command: list[str], cwd: Path, env: dict[str, str], **_: Any
-) -> subprocess.CompletedProcess[bytes]:
-    """Run `python -m MODULE` here."""
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # runpy's, of a module that was imported before
-        patch.setattr(sys, "argv", command[2:])
-        patch.chdir(cwd)
-        patch.setenv("RATCHET_ROOT", env["RATCHET_ROOT"])
-        try:
-            runpy.run_module(command[2], run_name="__main__", alter_sys=True)
-        except SystemExit as end:
-            return subprocess.CompletedProcess(command, int(end.code or 0))
-        return subprocess.CompletedProcess(command, 0)
 
 
 class Place(NamedTuple):

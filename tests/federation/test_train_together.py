@@ -138,6 +138,7 @@ def test_too_few_invited_nodes_are_told_before_a_workspace_is_opened(
         ("train", {"teacher": "champion"}, "nodes have no champion"),
         ("evaluate", {"canaries": 4}, "evaluate.canaries is 4"),
         ("evaluate", {"audit_canaries": 4}, "audit_canaries 4"),
+        ("federate", {"audit_canaries": 4}, "no claim to test"),
     ],
 )
 def test_settings_that_no_node_could_follow_are_refused(

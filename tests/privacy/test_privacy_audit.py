@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
@@ -12,9 +15,21 @@ import pytest
 from ratchet.config.evaluation import GateConfig
 from ratchet.errors import RatchetError
 from ratchet.evaluation.canaries import make_audit_canaries
-from ratchet.gate.privacy import judge_privacy
+from ratchet.files import write_json
+from ratchet.gate.privacy import judge_claim, judge_privacy
 from ratchet.privacy.accountant import Mechanism, epsilon_of
-from ratchet.privacy.audit import lower_bound, p_value
+from ratchet.privacy.audit import (
+    FILE,
+    SHARES,
+    Claim,
+    Guesses,
+    add_guesses,
+    bound_of,
+    check_guesses,
+    guess,
+    lower_bound,
+    p_value,
+)
 from ratchet.privacy.ledger import Promise
 
 Scores = npt.NDArray[np.float64]
@@ -53,6 +68,33 @@ def test_a_model_that_knows_its_canaries_is_refuted() -> None:
     found = lower_bound(planted + 0.0, planted, delta=1e-5, alpha=0.05)
     assert found.epsilon > 2.5
     assert found.right == found.guesses
+
+
+def test_the_bound_over_several_nodes_holds_as_over_one() -> None:
+    """Each node guesses about its own canaries; only the counts are added up."""
+    random = np.random.default_rng(9)
+    bounds = []
+    for _ in range(50):
+        parts = [guess(*randomised_response(1.0, canaries, random)) for canaries in (60, 140, 200)]
+        together = add_guesses(parts)
+        assert together.canaries == 400
+        bounds.append(bound_of(together, delta=0.0, alpha=0.05).epsilon)
+    assert sum(bound > 1.0 for bound in bounds) <= 7  # of a Binomial(50, 0.05), 99 %
+    assert float(np.median(bounds)) > 0.4
+
+
+@pytest.mark.parametrize(
+    ("made", "right", "told"),
+    [
+        ([2] * 4, [1] * 4, "wanted 5 each"),
+        ([2] * 5, [3] * 5, "contradict"),
+        ([12] * 5, [3] * 5, "contradict"),
+        ([2] * 5, [-1] * 5, "contradict"),
+    ],
+)
+def test_counts_that_cannot_be_are_refused(made: list[int], right: list[int], told: str) -> None:
+    assert told in str(check_guesses(Guesses(10, made, right)))
+    assert check_guesses(Guesses(10, [2] * 5, [1] * 5)) is None
 
 
 def test_a_large_delta_weakens_the_bound() -> None:
@@ -131,3 +173,33 @@ def test_a_partial_audit_is_an_error() -> None:
             judge_privacy(promise(), part, 200, CONFIG)
     with pytest.raises(RatchetError, match="not finite"):
         judge_privacy(promise(), whole.assign(nll=np.inf), 200, CONFIG)
+
+
+# --- a federation ---
+
+
+def judged(folder: Path, **values: Any) -> tuple[str, str]:
+    claim = Claim(1.0, 1e-5, 900, **{"moved": 0.3, **values})
+    write_json(folder / FILE, msgspec.to_builtins(claim))
+    (check,) = judge_claim(folder / FILE, CONFIG)
+    return check.result, check.reason
+
+
+def test_a_federations_claim_passes_until_its_canaries_refute_it(tmp_path: Path) -> None:
+    made = [2 * max(1, round(share * 120)) for share in SHARES]
+    nodes = {"canaries": 40, "nodes": ["north", "south", "west"]}
+    result, reason = judged(tmp_path, guesses=Guesses(120, made, [count // 2 for count in made]), **nodes)
+    assert result == "pass"
+    assert "ε = 1, δ = 1e-05 for each of 900 rows at the nodes" in reason
+    assert "guesses about 120 canaries of 3 nodes are right" in reason
+    result, reason = judged(tmp_path, guesses=Guesses(120, made, made), left_out={"east": "away"}, **nodes)
+    assert result == "fail" and "the claim is refuted; without east" in reason
+
+
+def test_a_federations_claim_needs_the_audit_that_was_asked_for_and_weights_that_moved(
+    tmp_path: Path,
+) -> None:
+    assert judged(tmp_path)[0] == "pass" and "not audited" in judged(tmp_path)[1]
+    assert judged(tmp_path, canaries=40, left_out={"north": "away"})[0] == "fail"
+    assert judged(tmp_path, moved=0.0)[0] == "fail"
+    assert judge_claim(tmp_path / "none.json", CONFIG) == []
