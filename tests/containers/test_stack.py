@@ -408,24 +408,34 @@ def test_what_was_backed_up_is_restored_after_all_was_lost(stack: Stack, tmp_pat
     assert git(stack.home, "rev-parse", "HEAD") == commit
 
 
-@pytest.mark.parametrize("gpu", ["nvidia", "amd"])
-def test_the_worker_and_vllm_get_the_devices_of_a_gpu(engine: Engine, gpu: str) -> None:
-    variables = engine.environment | {
-        "RATCHET_GPU": gpu,
-        "COMPOSE_FILE": "docker/compose.yaml:docker/compose.gpu.yaml",
-        "TORCH_INDEX": "https://torch.example/whl",
-    }
-    told = Engine(None, variables).docker("compose", "--profile", "vllm", "config", "--format=json", cwd=ROOT)
-    services = json.loads(told)["services"]
+def configuration(engine: Engine, **variables: str) -> dict[str, Any]:
+    """The services, as the GPUs' files leave them."""
+    files = {"COMPOSE_FILE": "docker/compose.yaml:docker/compose.gpu.yaml"}
+    compose = Engine(None, engine.environment | files | variables)
+    told = compose.docker("compose", "--profile", "vllm", "config", "--format=json", cwd=ROOT)
+    services: dict[str, Any] = json.loads(told)["services"]
+    return services
+
+
+def test_a_worker_and_vllm_get_the_gpus_of_nvidia(engine: Engine) -> None:
+    services = configuration(engine)
 
     for name in ("worker", "vllm"):
-        service = services[name]
-        if gpu == "nvidia":
-            (device,) = service["deploy"]["resources"]["reservations"]["devices"]
-            assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
-        else:
-            assert [device["source"] for device in service["devices"]] == ["/dev/kfd", "/dev/dri"]
-            assert service["group_add"] == ["render", "video"]
-    assert services["worker"]["build"]["target"] == "trainer"
-    assert services["worker"]["build"]["args"]["TORCH_INDEX"] == "https://torch.example/whl"
+        (device,) = services[name]["deploy"]["resources"]["reservations"]["devices"]
+        assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
+    build = services["worker"]["build"]
+    assert build["target"] == "trainer" and "/cu" in build["args"]["TORCH_INDEX"]
     assert services["worker"]["command"] == ["python", "-m", "flows.deployments", "--end-lost-runs"]
+
+
+def test_a_worker_and_vllm_get_the_gpus_of_amd_once_the_version_of_rocm_is_said(engine: Engine) -> None:
+    with pytest.raises(AssertionError, match=r"TORCH_INDEX.*ROCm"):
+        configuration(engine, RATCHET_GPU="amd")
+    services = configuration(engine, RATCHET_GPU="amd", TORCH_INDEX="https://torch.example/whl")
+
+    for name in ("worker", "vllm"):
+        assert [device["source"] for device in services[name]["devices"]] == ["/dev/kfd", "/dev/dri"]
+        assert services[name]["group_add"] == ["render", "video"]
+        assert services[name]["security_opt"] == ["no-new-privileges:true", "seccomp:unconfined"]
+    build = services["worker"]["build"]
+    assert (build["target"], build["args"]["TORCH_INDEX"]) == ("trainer", "https://torch.example/whl")
