@@ -46,7 +46,7 @@ for command in (
     *(loop.demo, services.up, services.down, loop.ingest, loop.synthesize, loop.retrain, loop.monitor),
     *(training.base, training.plan, training.sweep, training.compare, training.privacy, retention, export),
     *(promotion.promote, promotion.rollback, promotion.history),
-    *(services.serve, services.status, services.report, services.doctor),
+    *(services.serve, services.worker, services.status, services.report, services.doctor),
 ):
     app.command()(command)
 add_old_name(app, "ledger", "retention", retention)

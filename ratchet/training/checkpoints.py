@@ -9,7 +9,6 @@ pickles, are not written atomically, and are loaded even with parts missing.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import signal
 import threading
@@ -25,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from ratchet.errors import RatchetError
 from ratchet.files import read_json, sha256_file, whole_folder, write_json
+from ratchet.pipeline.checkpoint_files import FOLDER, MANIFEST, STEP
 from ratchet.pipeline.stage import say
 from ratchet.privacy.noise import keep_key
 from ratchet.training.schedule import Points
@@ -32,16 +32,9 @@ from ratchet.training.schedule import Points
 if TYPE_CHECKING:
     from ratchet.training.state import TrainingState
 
-FOLDER = Path(".ratchet/checkpoints")
-MANIFEST, TENSORS, STATE, TRAINER_STATE = (
-    "manifest.json",
-    "tensors.safetensors",
-    "state.json",
-    "trainer_state.json",
-)
+TENSORS, STATE, TRAINER_STATE = "tensors.safetensors", "state.json", "trainer_state.json"
 MOST_TOLD = 6  # differing facts that a message names, at most
 KEPT = 2  # the newest, and the one before it in case the newest is broken
-STEP = re.compile(r"step-(\d{8})")
 
 
 class Saved(NamedTuple):

@@ -42,6 +42,7 @@ COMMANDS = tuple(
         "retrain",
         "status",
         "serve",
+        "worker",
         "monitor",
         "rollout",
         "keys",
