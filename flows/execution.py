@@ -178,7 +178,7 @@ class _Followed:
 
         wanted = LogFilter(
             flow_run_id=LogFilterFlowRunId(any_=[self._run.id]),
-            timestamp=LogFilterTimestamp(after_=self._since - OVERLAP),
+            timestamp=LogFilterTimestamp.model_validate({"after_": self._since - OVERLAP}),
         )
         while lines := self._client.read_logs(wanted, limit=200, offset=0):
             new = [line for line in lines if line.id not in self._told]
@@ -190,7 +190,7 @@ class _Followed:
             self._alive = time.monotonic() if new else self._alive
             if len(lines) < 200 or not new:
                 return
-            wanted.timestamp = LogFilterTimestamp(after_=self._since)
+            wanted.timestamp = LogFilterTimestamp.model_validate({"after_": self._since})
 
     def _is_lost(self) -> bool:
         """Return whether the lease is over. The time is this machine's, so clocks need not agree."""
@@ -208,7 +208,7 @@ class _Followed:
     def _give_up(self) -> State:
         from prefect.states import Crashed
 
-        state = Crashed(message=f"no sign of life for {self._place.lease_minutes:g} minutes")
+        state: State = Crashed(message=f"no sign of life for {self._place.lease_minutes:g} minutes")
         self._client.set_flow_run_state(self._run.id, state, force=True)
         return state
 

@@ -26,7 +26,8 @@ def stage(branch: str, commit: str, number: int, stage: str) -> Any:
     Crashed asks for another attempt, Cancelled says that there is one already.
     """
     root = project_root()
-    say = get_run_logger().getChild(LOGGER).info
+    logger: Any = get_run_logger()
+    say = logger.getChild(LOGGER).info
     attempt = Attempt(branch, commit, number, BEGUN)
     try:
         with open_attempt(root, attempt, say) as workspace:

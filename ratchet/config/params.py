@@ -87,7 +87,7 @@ class Config(Section):
                 "the ledger of what the rows have spent, and the key of the noise, stay on this machine"
             )
         if (
-            self.train.processes > 1
+            self.train.world_size > 1
             and self.train.parallel == "fsdp"
             and (why := why_whole(self.train, self.adapter))
         ):

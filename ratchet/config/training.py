@@ -453,9 +453,9 @@ def why_not_private(train: TrainConfig, adapter: AdapterConfig, new_tokens: list
             "`train.accumulate: 1` and `train.privacy.batch_rows`",
         ),
         (
-            train.processes > 1,
-            f"train.processes is {train.processes}",
-            "the gradients of all rows are clipped and noised in one process; set `train.processes: 1`",
+            train.world_size > 1,
+            f"train.processes times train.nodes is {train.world_size}",
+            "the gradients of all rows are clipped and noised in one process; set both to 1",
         ),
         (
             train.compile,

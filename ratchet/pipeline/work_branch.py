@@ -97,6 +97,7 @@ def take(workspace: Workspace, stage: str, done: Attempt, say: Say) -> None:
     Raises CommandError if the data do not match their hashes; CheckoutError if the branch changed other
     files, or the result is of other inputs.
     """
+    outlast(lambda: fetch_branch(workspace, done.branch), say)
     tree = done.branch.rpartition("/")[2]
     begun = next(
         commit

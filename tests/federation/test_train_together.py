@@ -119,7 +119,7 @@ def test_the_reports_are_those_of_a_training_with_each_round(coordinator: Coordi
     [
         ("adapter", {"method": "dora"}, "adapter.method is 'dora'"),
         ("adapter", {"bias": "lora_only"}, "modules_to_save or bias"),
-        ("train", {"processes": 2}, "train.processes is 2"),
+        ("train", {"processes": 2}, "train.processes times train.nodes is 2"),
         ("train", {"teacher": "champion"}, "nodes have no champion"),
         ("evaluate", {"canaries": 4}, "evaluate.canaries is 4"),
         ("evaluate", {"audit_canaries": 4}, "audit_canaries 4"),

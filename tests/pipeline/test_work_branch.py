@@ -117,6 +117,7 @@ def quiet(line: str) -> None:
 
 
 def work(machine: Path, attempt: Attempt, say=quiet) -> Attempt:
+    """What a worker does with an attempt."""
     with open_attempt(machine, attempt, say) as workspace:
         return compute(workspace, "learn", attempt, say)
 
