@@ -68,8 +68,9 @@ def _one_of_several(nodes: int) -> list[str]:
     if not host or not port.isdigit() or not node.isdigit() or int(node) >= nodes:
         raise ConfigError(
             f"`train.nodes` is {nodes}; {RENDEZVOUS} is {rendezvous!r}, {NODE} is {node!r}",
-            remedy=f"on each node set {RENDEZVOUS} to HOST:PORT of node 0, which the others reach, and {NODE} "
-            f"to its number, 0 to {nodes - 1}; {INTERFACE} names the network interface where there are several",
+            remedy=f"on each node set {RENDEZVOUS} to HOST:PORT of node 0, which the others reach, and "
+            f"{NODE} to its number, 0 to {nodes - 1}; {INTERFACE} names the network interface where there "
+            "are several",
         )
     if interface := os.environ.get(INTERFACE):
         os.environ |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
