@@ -145,7 +145,7 @@ def wait(what: str, holds: Callable[[], object], seconds: float = 120) -> None:
 
 @pytest.fixture(scope="module")
 def place(cable: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The hub with its servers and a project that holds a batch of rows, and two bare checkouts for workers."""
+    """The hub with its servers and a project that holds a batch of rows, and two workers' checkouts."""
     place = tmp_path_factory.mktemp("machines")
     hub = place / "hub"
     for name in ("git", "store", "mlflow", "prefect"):
@@ -153,14 +153,16 @@ def place(cable: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pat
     run(["git", "clone", "--quiet", "--bare", str(ROOT), str(hub / "git/project.git")], place)
     logs = hub / "servers.log"
     python = sys.executable
+    prefect = ["--host", HOST, "--port", "4200"]
+    mlflow = ["--host", HOST, "--port", "5000", "--workers", "1", "--allowed-hosts", f"{HOST}:5000"]
+    stored = ["--backend-store-uri", f"sqlite:///{hub / 'mlflow/mlflow.db'}", "--serve-artifacts"]
+    stored += ["--artifacts-destination", str(hub / "mlflow/artifacts")]
+    listen = ["--reuseaddr", f"--listen={HOST}", "--export-all", "--enable=receive-pack"]
     servers = [
-        ["git", "daemon", "--reuseaddr", f"--listen={HOST}", f"--base-path={hub / 'git'}", "--export-all"]
-        + ["--enable=receive-pack", str(hub / "git")],
+        ["git", "daemon", *listen, f"--base-path={hub / 'git'}", str(hub / "git")],
         [python, str(ROOT / "tests/object_store.py"), str(hub / "store"), HOST, "8333"],
-        [python, "-m", "prefect", "server", "start", "--host", HOST, "--port", "4200"],
-        [python, "-m", "mlflow", "server", "--host", HOST, "--port", "5000", "--workers", "1"]
-        + ["--allowed-hosts", f"{HOST}:5000", "--backend-store-uri", f"sqlite:///{hub / 'mlflow/mlflow.db'}"]
-        + ["--artifacts-destination", str(hub / "mlflow/artifacts"), "--serve-artifacts"],
+        [python, "-m", "prefect", "server", "start", *prefect],
+        [python, "-m", "mlflow", "server", *mlflow, *stored],
     ]
     own = {
         "PREFECT_HOME": str(hub / "prefect"),
