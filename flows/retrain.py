@@ -22,6 +22,7 @@ from flows.console import log_line, say, working
 from flows.data_check import REJECTED, read_rejected
 from flows.erase import follow_all, list_is_pending
 from flows.events import artifact_key
+from flows.execution import Execution
 from flows.ingest import ingest
 from flows.retries import can_pass
 from flows.review_queue import queue_doubtful
@@ -35,7 +36,7 @@ from ratchet.monitoring.topics import Region, sources_for, write_region
 from ratchet.monitoring.verdicts import Topic
 from ratchet.pipeline.checkout import check_lock, locked, who
 from ratchet.pipeline.dag import KEYS, STAGES, write_keys
-from ratchet.pipeline.dvc import Workspace, check_out, downstream, push_data, run_stage, stale_stages
+from ratchet.pipeline.dvc import Workspace, check_out, downstream, push_data, stale_stages
 from ratchet.pipeline.stage import project_root
 from ratchet.pipeline.workspace import catch_up, land, open_workspace
 from ratchet.promotion.champion import Champion, last_entry, read_champion
@@ -178,7 +179,7 @@ def go_round(
 
     `train` takes the place of the stage of that name: it writes the same outputs, and DVC records them.
     """
-    home = workspace.root
+    home, execution = workspace.root, Execution(config)
     ran: dict[str, bool] = {}
     began = time.monotonic()
     try:
@@ -187,7 +188,9 @@ def go_round(
             if stage == "train" and train:
                 ran[stage] = train_otherwise(workspace, train)
             else:
-                ran[stage] = stage_task.with_options(task_run_name=stage)(workspace, stage, needed=needed)
+                ran[stage] = stage_task.with_options(task_run_name=stage)(
+                    workspace, stage, execution, needed=needed
+                )
             if stage == "prepare" and ran[stage]:
                 ask_people(workspace, config)
             if stage == "train" and ran[stage]:
@@ -195,9 +198,11 @@ def go_round(
     except BaseException:  # drift's budget and cool-down count failed runs too
         remember(home, reason=reason, seconds=time.monotonic() - began, run_key="", verdict="failed")
         raise
-    commit = (
-        land_outputs(workspace, reason) if any(ran.values()) else workspace.git("rev-parse", "HEAD").strip()
-    )
+    if any(ran.values()):
+        commit = land_outputs(workspace, reason)
+        execution.forget(workspace)
+    else:
+        commit = workspace.git("rev-parse", "HEAD").strip()
     found = read_findings(workspace.path)
     if ran["train"]:
         remember(
@@ -296,7 +301,7 @@ def tell_outage() -> None:
 
 
 @task(name="stage", **SETTINGS)
-def stage_task(workspace: Workspace, stage: str, *, needed: bool) -> bool:
+def stage_task(workspace: Workspace, stage: str, execution: Execution, *, needed: bool) -> bool:
     """Run the stage if it is needed, and return whether it ran.
 
     It is not retried, because a stage gives the same result for the same inputs.
@@ -306,7 +311,7 @@ def stage_task(workspace: Workspace, stage: str, *, needed: bool) -> bool:
         return False
     with working(f"{stage} …"):
         # The command prints the gate's verdict and reasons at its end; here they would appear twice.
-        return run_stage(workspace, stage, log_line if stage == "gate" else say)
+        return execution.run(workspace, stage, log_line if stage == "gate" else say)
 
 
 @task(name="train", **SETTINGS)

@@ -11,6 +11,7 @@ RatchetError               exit code 1: our fault, or the machine's
 ├── BusyError              a full queue or another open rollout: the caller may try again later
 ├── StageError             a DVC stage failed; carries the stage's own exit code
 ├── CommandError           git or DVC failed, and no check foresaw the reason
+├── SupersededError        another attempt at a stage on another machine has begun; this one is over
 ├── StoppedError           exit code 143: SIGTERM ended the training; its checkpoint is kept
 ├── DivergenceError        a loss, a gradient or a weight is not finite
 └── DiskSpaceError         too little free space for what is about to be written, or the write failed
@@ -67,14 +68,19 @@ class ServiceError(RatchetError):
 
 
 class StageError(RatchetError):
-    """A stage's process ended with `exit_code`; `message` holds its last lines."""
+    """A stage's process ended with `exit_code`, or was `killed`; `message` holds its last lines."""
 
-    def __init__(self, message: str, *, exit_code: int, remedy: str = "") -> None:
+    def __init__(self, message: str, *, exit_code: int, remedy: str = "", killed: bool = False) -> None:
         super().__init__(message, remedy=remedy)
         self.exit_code = exit_code
+        self.killed = killed
 
 
 class CommandError(RatchetError):
+    pass
+
+
+class SupersededError(RatchetError):
     pass
 
 

@@ -60,10 +60,11 @@ def check_trainable(config: Config) -> None:
             "adapter.projector, modules_to_save or bias asks for weights that are trained whole",
             remedy="a federation trains updates of a rank alone: set them to frozen, [] and none",
         )
-    if train.processes > 1:
+    if train.world_size > 1:
         raise ConfigError(
-            f"train.processes is {train.processes}, and nodes may have fewer cores or GPUs",
-            remedy="set `train.processes: 1` for a federation",
+            f"train.processes times train.nodes is {train.world_size}, and nodes may have fewer cores or "
+            "GPUs",
+            remedy="set `train.processes: 1` and `train.nodes: 1` for a federation",
         )
     if config.evaluate.canaries or config.evaluate.audit_canaries:
         raise ConfigError(

@@ -85,7 +85,7 @@ def train(tokens: Path, base: Path, incumbent: Path, out: Path, reports: Path, c
 
     Writes neither when it raises ConfigError, DiskSpaceError, BaseModelError, DivergenceError, StoppedError.
     """
-    check_size(config.train.processes, world_size())
+    check_size(config.train.world_size, world_size())
     require_space(out.parent, ROOM, "the candidate")
     training = Training(tokens, base, incumbent, out, config)
     if config.train.privacy.epsilon:
@@ -93,9 +93,10 @@ def train(tokens: Path, base: Path, incumbent: Path, out: Path, reports: Path, c
     if rank():
         # Only the first process prints and writes; the others compute, and read the same checkpoint.
         with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
-            trained = training.optimise(
-                lambda step, values: None, lambda points: None, training.checkpoints(curve=list)
-            )
+            checkpoints = training.checkpoints(curve=list)
+            trained = training.optimise(lambda step, values: None, lambda points: None, checkpoints)
+        if config.train.nodes > 1 and os.environ["GROUP_RANK"] != "0" and os.environ["LOCAL_RANK"] == "0":
+            checkpoints.forget()  # what node 0 has sent
         return training.figures(trained)
     with whole_folder(reports) as report_folder, closing(History(report_folder / "history.jsonl")) as history:
         # Trainings with the same key are the same training, so a run with this key may be reused.
@@ -262,12 +263,15 @@ class Training:
             f"train: {adapter.method} of {count:,} weights from {'the champion' if start else 'the base'},"
             f" {schedule.steps} steps; computed in {computed}: {why}"
         )
-        if settings.processes > 1:
+        if settings.world_size > 1:
             held = "a part" if sharded else "all"
-            say(f"train: {settings.processes} processes, each with {held} of the model")
+            on = f" on {settings.nodes} nodes" if settings.nodes > 1 else ""
+            say(f"train: {settings.world_size} processes{on}, each with {held} of the model")
         loss = self._load_loss(shown=holds_pictures([*windows, *validation]))
         chat = load_chat(self._base, MediaStore.read(self._tokens / MEDIA))
-        saved = checkpoints.newest(restore)
+        saved = (
+            checkpoints.newest_on_all_nodes(restore) if settings.nodes > 1 else checkpoints.newest(restore)
+        )
         if saved:
             say(f"train: goes on from the checkpoint of step {saved.step} of {schedule.steps}")
         with quiet(), checkpoints.asked_by_sigterm():
@@ -506,8 +510,8 @@ def _private_schedule(schedule: Schedule, private: Private, config: Config) -> S
 
 
 def _main(config: Config, arguments: argparse.Namespace) -> None:
-    if config.train.processes > 1:
-        become_torchrun(config.train.processes, "tasks.train", sys.argv[1:])
+    if config.train.world_size > 1:
+        become_torchrun(config.train, "tasks.train", sys.argv[1:])
         end_with_parent()
     train(arguments.tokens, arguments.base, arguments.incumbent, arguments.out, arguments.reports, config)
 

@@ -1,4 +1,4 @@
-"""`ratchet init`, `params`, `up`, `down`, `serve`, `status`, `report`, `doctor`, `keys`: set up and run."""
+"""Set up and run: `init`, `params`, `up`, `down`, `worker`, `serve`, `status`, `report`, `doctor`, `keys`."""
 
 from __future__ import annotations
 
@@ -138,6 +138,35 @@ def down() -> None:
         say("nothing of this checkout runs")
     if is_running(root, FEDERATION):
         say("the link of the federation runs on: ratchet federate down")
+
+
+def worker(
+    pool: Annotated[str, typer.Option(help="The work pool, as `execution` in params.yaml names it.")],
+) -> None:
+    """Run stages for a retraining on another machine, one at a time, until Ctrl-C.
+
+    Needs PREFECT_API_URL and MLFLOW_TRACKING_URI, unless both answer on this machine's loopback.
+
+    Example: ratchet worker --pool gpu
+    """
+    import os
+    import sys
+
+    from ratchet.pipeline.checkout import check_checkout
+    from ratchet.services.environment import prefect_api, service_environment
+
+    root = find_root()
+    config = read_config(root)
+    check_checkout(root)
+    environment = {**os.environ, **service_environment(root, config), "RATCHET_ROOT": str(root)}
+    if "PREFECT_API_URL" not in environment:
+        raise UserError(
+            f"no Prefect server answers at {prefect_api(config.services.prefect_port)}",
+            remedy="set PREFECT_API_URL to that of the machine that retrains (docs/second-machine.md)",
+        )
+    Path(environment["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
+    start = ["worker", "start", "--pool", pool, "--type", "process", "--limit", "1"]
+    os.execve(sys.executable, [sys.executable, "-m", "prefect", *start], environment)  # noqa: S606
 
 
 def serve() -> None:

@@ -24,7 +24,7 @@ from pydantic import BaseModel
 from ratchet.config.evaluation import MetricGuardrail
 from ratchet.config.monitoring import TopicSource
 from ratchet.config.params import Config
-from ratchet.config.training import SweepRange
+from ratchet.config.training import Place, SweepRange
 from ratchet.files import write_text
 
 DOC, PARAMS = Path("docs/params.md"), Path("params.yaml")
@@ -40,6 +40,7 @@ ENTRIES = (
     TopicSource,
     MetricGuardrail,
     SweepRange,
+    Place,
 )  # models of entries in lists and mappings
 PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_./-]*")
 RESERVED = frozenset(

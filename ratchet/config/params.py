@@ -26,7 +26,9 @@ from ratchet.config.training import (
     AdapterConfig,
     BaseConfig,
     CompareConfig,
+    Place,
     RetrainConfig,
+    StageName,
     SweepConfig,
     TrainConfig,
     why_not_private,
@@ -57,7 +59,17 @@ class Config(Section):
         description="who decides after the gate. `rollout`: users' feedback, in steps of live traffic; "
         "`auto`: the gate's verdict alone; `manual`: a person, in MLflow's UI or by command",
     )
+    landing: Literal["checkout", "push", "pull_request"] = Field(
+        default="checkout",
+        description="where a run's commits go. `checkout`: into this checkout alone; `push`: also to the "
+        "branch of the git remote, on top of what others pushed; `pull_request`: also to a branch "
+        "`ratchet/BRANCH` there, for a remote that protects its branch",
+    )
     retrain: RetrainConfig = Field(default_factory=RetrainConfig)
+    execution: dict[StageName, Place] = Field(
+        default={},
+        description="stages that run on other machines, such as `{train: {pool: gpu}}`; the others run here",
+    )
     gateway: GatewayConfig = Field(default_factory=GatewayConfig)
     request_log: RequestLogConfig = Field(default_factory=RequestLogConfig)
     review: ReviewConfig = Field(default_factory=ReviewConfig)
@@ -69,8 +81,13 @@ class Config(Section):
     def _go_together(self) -> Config:
         """Refuse combinations of settings that cannot work, before anything is loaded."""
         method = self.adapter.method
+        if self.train.privacy.epsilon and "train" in self.execution:
+            raise ValueError(
+                f"train.privacy.epsilon is {self.train.privacy.epsilon:g}, and execution.train names a pool: "
+                "the ledger of what the rows have spent, and the key of the noise, stay on this machine"
+            )
         if (
-            self.train.processes > 1
+            self.train.world_size > 1
             and self.train.parallel == "fsdp"
             and (why := why_whole(self.train, self.adapter))
         ):

@@ -288,6 +288,11 @@ class TrainConfig(Section):
         description="processes that share the forward passes of a step, started by torchrun: one per GPU, "
         "or parts of a CPU. `accumulate` has to be a multiple of it",
     )
+    nodes: Count = Field(
+        default=1,
+        description="machines that share a training, each with `processes` processes: start the same command "
+        "on each, with RATCHET_RENDEZVOUS (docs/second-machine.md)",
+    )
     parallel: Literal["auto", "ddp", "fsdp"] = Field(
         default="auto",
         description="what each of several processes holds: the whole model (`ddp`) or a shard of it "
@@ -361,12 +366,18 @@ class TrainConfig(Section):
         default_factory=PrivacyConfig, description="differential privacy of the training rows"
     )
 
+    @property
+    def world_size(self) -> int:
+        """Return how many processes share a training, on all nodes together."""
+        return self.nodes * self.processes
+
     @model_validator(mode="after")
     def _passes_can_be_shared(self) -> TrainConfig:
-        if self.accumulate % self.processes:
+        if self.accumulate % self.world_size:
+            on_nodes = f" on each of `train.nodes` {self.nodes}" if self.nodes > 1 else ""
             raise ValueError(
                 f"`train.accumulate` {self.accumulate} forward passes cannot be shared by `train.processes` "
-                f"{self.processes}: make it a multiple"
+                f"{self.processes}{on_nodes}: make it a multiple of {self.world_size}"
             )
         return self
 
@@ -442,9 +453,9 @@ def why_not_private(train: TrainConfig, adapter: AdapterConfig, new_tokens: list
             "`train.accumulate: 1` and `train.privacy.batch_rows`",
         ),
         (
-            train.processes > 1,
-            f"train.processes is {train.processes}",
-            "the gradients of all rows are clipped and noised in one process; set `train.processes: 1`",
+            train.world_size > 1,
+            f"train.processes times train.nodes is {train.world_size}",
+            "the gradients of all rows are clipped and noised in one process; set both to 1",
         ),
         (
             train.compile,
@@ -662,4 +673,28 @@ class RetrainConfig(Section):
     )
     keep_workspaces: int = Field(
         default=2, ge=0, description="failed workspaces of each kind of run that are kept for inspection"
+    )
+
+
+StageName = Literal["base", "prepare", "tokenize", "train", "evaluate", "parity", "gate"]
+
+
+class Place(Section):
+    """A work pool of Prefect in which a stage runs instead of on this machine (docs/second-machine.md)."""
+
+    pool: str = Field(
+        pattern=r"^[A-Za-z0-9][\w-]*$",
+        description="work pool of Prefect; `ratchet worker --pool NAME` on another machine serves it",
+    )
+    attempts: Count = Field(
+        default=3, description="attempts at the stage, where machines or processes are lost; 1: no second one"
+    )
+    lease_minutes: float = Field(
+        default=3.0,
+        ge=1.0,
+        description="minutes without a sign of life after which a machine counts as lost and another attempt "
+        "begins; a lost machine that comes back cannot write any more. A sign comes every 30 seconds",
+    )
+    wait_minutes: float = Field(
+        default=60.0, gt=0, description="minutes to wait for a free worker of the pool before the run fails"
     )

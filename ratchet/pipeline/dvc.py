@@ -38,11 +38,12 @@ CHATTER = (
 
 
 class Workspace(NamedTuple):
-    """A clone at `path` of the checkout at `root`, on `branch`."""
+    """A clone at `path` of the checkout at `root`, on `branch`. `landing` is that of params.yaml."""
 
     root: Path
     path: Path
     branch: str
+    landing: str = "checkout"
 
     def git(self, *arguments: str) -> str:
         return git(self.path, *arguments)
@@ -79,6 +80,7 @@ def run_stage(workspace: Workspace, stage: str, say: Say) -> bool:
         raise StageError(
             f"stage {stage} failed:\n" + "\n".join(told[-12:] or lines[-3:]),
             exit_code=2 if codes[-1:] == ["2"] else 1,
+            killed=codes[-1:] != [] and codes[-1].startswith("-"),
         )
     return not any(line.startswith(f"Stage '{stage}' didn't change") for line in lines)
 
@@ -172,16 +174,20 @@ def downstream(path: Path, stages: Collection[str]) -> list[str]:
 
     `path` is the folder of dvc.yaml. DVC leaves out the ones among them whose inputs come out unchanged.
     """
-    from ruamel.yaml import YAML
-
     written, found = set[str](), list[str]()
-    for name, stage in (
-        YAML(typ="safe").load((path / "dvc.yaml").read_text(encoding="utf-8"))["stages"].items()
-    ):
+    for name, stage in read_stages(path).items():
         if name in stages or written & set(stage.get("deps", [])):
             outputs = [*stage.get("outs", []), *stage.get("metrics", [])]
             written |= {out if isinstance(out, str) else next(iter(out)) for out in outputs}
             found += [] if name in stages else [name]
+    return found
+
+
+def read_stages(path: Path) -> dict[str, Any]:
+    """Return the stages of the folder's dvc.yaml."""
+    from ruamel.yaml import YAML
+
+    found: dict[str, Any] = YAML(typ="safe").load((path / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
     return found
 
 
@@ -258,7 +264,9 @@ def share_cache(root: Path, path: Path) -> None:
     # By default DVC keeps data about each repository in a system folder, where it would outlive the clone.
     config.set("core", "site_cache_dir", f'"{path / ".dvc" / "tmp" / "site"}"')
     _keep_remotes(root, config, committed)
+    _verify_remotes(config, committed)
     local = path / ".dvc" / "config.local"
+    local.parent.mkdir(exist_ok=True)  # a clone without a checkout has none
     local.touch(mode=0o600)  # it may contain a remote's password
     with local.open("w", encoding="utf-8") as out:
         config.write(out)
@@ -277,6 +285,16 @@ def _keep_remotes(
             if not config.has_section(section):
                 config.add_section(section)
             config.set(section, "url", f'"{(root / ".dvc" / url).resolve()}"')
+
+
+def _verify_remotes(config: configparser.ConfigParser, committed: configparser.ConfigParser) -> None:
+    """Let DVC compare what it pulls with its hash, unless a remote's own setting says otherwise."""
+    for section in {*config.sections(), *committed.sections()}:
+        if section.startswith("'remote ") and not committed.get(section, "verify", fallback=""):
+            if not config.has_section(section):
+                config.add_section(section)
+            if not config.has_option(section, "verify"):
+                config.set(section, "verify", "true")
 
 
 def _dvc_config(root: Path, name: str) -> configparser.ConfigParser:

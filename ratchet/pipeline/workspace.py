@@ -2,8 +2,9 @@
 
 A workspace is cloned from the checkout's branch and shares its DVC cache. The flow runs and commits there,
 and pushes back; if others pushed meanwhile, it rebases and tries again. The push updates the checkout's
-files only if they are clean (git's `updateInstead`). A clone runs one DVC command at a time; a checkout
-receives one push at a time.
+files only if they are clean (git's `updateInstead`). With `landing: push` it goes to the checkout's git
+remote first, with `pull_request` to a branch there at the end. A clone runs one DVC command at a time; a
+checkout receives one push at a time.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+from ratchet.config.params import load_config
 from ratchet.errors import CheckoutError, CommandError
 from ratchet.pipeline.checkout import (
     Say,
@@ -31,6 +33,7 @@ from ratchet.pipeline.checkout import (
     unheard_hooks,
 )
 from ratchet.pipeline.dvc import Workspace, share_cache
+from ratchet.pipeline.upstream import follow, offer, publish, put_on_top
 
 WORKSPACES = Path(".ratchet/workspaces")
 LANDING_TRIES = 5
@@ -46,6 +49,24 @@ def open_workspace(root: Path, purpose: str, say: Say, *, keep_failed: int = 2) 
     The last `keep_failed` failed clones with the same purpose are kept for inspection.
     """
     branch = check_checkout(root)
+    landing = load_config(root / "params.yaml").landing
+    with clone(root, purpose, say, "--branch", branch, keep_failed=keep_failed) as path:
+        if hooks := unheard_hooks(root):
+            say(f"this checkout's hooks do not run for the commits of a run: {', '.join(hooks)}")
+        workspace = Workspace(root, path, branch, landing)
+        if landing != "checkout":
+            follow(workspace)
+        yield workspace
+        if landing == "pull_request" and (told := offer(workspace)):
+            say(told)
+
+
+@contextmanager
+def clone(root: Path, purpose: str, say: Say, *options: str, keep_failed: int) -> Iterator[Path]:
+    """Clone the checkout with `options` of git's, share its DVC cache, and remove the clone at the end.
+
+    The last `keep_failed` failed clones with the same purpose are kept for inspection.
+    """
     path = root / WORKSPACES / f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}-{purpose}-{os.getpid()}"
     path.parent.mkdir(parents=True, exist_ok=True)
     _drop_failed(root, purpose, keep_failed)
@@ -59,11 +80,9 @@ def _filled(
     try:
         # Line ends stay as committed, because the inputs of stages are hashed by their bytes.
         plain = ("--config", "core.autocrlf=false")
-        git(root, "clone", "--quiet", *plain, "--branch", branch, str(root), str(path))
-        if hooks := unheard_hooks(root):
-            say(f"this checkout's hooks do not run for the commits of a run: {', '.join(hooks)}")
+        git(root, "clone", "--quiet", *plain, *options, str(root), str(path))
         share_cache(root, path)
-        yield Workspace(root, path, branch)
+        yield path
     except BaseException:
         if path.exists():
             _set_aside(root, path, purpose, keep_failed, say)
@@ -128,6 +147,8 @@ def _push(workspace: Workspace, tag: str | None) -> None:
     receive = "--receive-pack=git -c receive.denyCurrentBranch=updateInstead receive-pack"
     refs = [f"HEAD:refs/heads/{workspace.branch}", *([f"+HEAD:refs/tags/{tag}"] if tag else [])]
     for tries_left in reversed(range(LANDING_TRIES)):
+        if workspace.landing == "push":  # first, because commits that landed in the checkout cannot be moved
+            publish(workspace, tag)
         try:
             workspace.git("push", "--quiet", "--atomic", receive, "origin", *refs)
             return
@@ -159,19 +180,7 @@ def catch_up(workspace: Workspace) -> bool:
     workspace.git("fetch", "--quiet", "origin", workspace.branch)
     if not workspace.git("rev-list", "--max-count=1", f"HEAD..origin/{workspace.branch}").strip():
         return False
-    try:
-        rebase = ("rebase", "--quiet", "--autostash", f"origin/{workspace.branch}")
-        git(workspace.path, *commit_settings(workspace.root), *rebase)
-    except CommandError as error:
-        files = workspace.git("diff", "--name-only", "--diff-filter=U").split()
-        with suppress(CommandError):
-            workspace.git("rebase", "--abort")  # otherwise a second try would commit the conflict markers
-        if not files:
-            raise
-        raise CommandError(
-            f"another commit on {workspace.branch} changed {', '.join(files)} as well",
-            remedy="run it again: finished stages are kept in the cache",
-        ) from error
+    put_on_top(workspace, f"origin/{workspace.branch}", workspace.branch)
     return True
 
 

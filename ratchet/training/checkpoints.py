@@ -9,7 +9,6 @@ pickles, are not written atomically, and are loaded even with parts missing.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import signal
 import threading
@@ -23,25 +22,20 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ratchet.errors import RatchetError
+from ratchet.errors import ConfigError, RatchetError
 from ratchet.files import read_json, sha256_file, whole_folder, write_json
+from ratchet.pipeline.checkpoint_files import FOLDER, MANIFEST, STEP
 from ratchet.pipeline.stage import say
 from ratchet.privacy.noise import keep_key
+from ratchet.training.distributed import any_of, connect, rank, send_folder
 from ratchet.training.schedule import Points
 
 if TYPE_CHECKING:
     from ratchet.training.state import TrainingState
 
-FOLDER = Path(".ratchet/checkpoints")
-MANIFEST, TENSORS, STATE, TRAINER_STATE = (
-    "manifest.json",
-    "tensors.safetensors",
-    "state.json",
-    "trainer_state.json",
-)
+TENSORS, STATE, TRAINER_STATE = "tensors.safetensors", "state.json", "trainer_state.json"
 MOST_TOLD = 6  # differing facts that a message names, at most
 KEPT = 2  # the newest, and the one before it in case the newest is broken
-STEP = re.compile(r"step-(\d{8})")
 
 
 class Saved(NamedTuple):
@@ -120,26 +114,46 @@ class Checkpoints:
         for half in self._folder.glob(".step-*.tmp"):  # left by a process that was killed while writing
             shutil.rmtree(half, ignore_errors=True)
         for step, folder in self._steps():
-            try:
-                if fault := self._fault(folder, step):
-                    say(f"train: the checkpoint of step {step} is passed over: {fault}", error=True)
-                    continue
-                kept = read_json(folder / STATE)
-                state = join(kept["state"], load_file(folder / TENSORS))
-            except (OSError, RatchetError, SafetensorError, KeyError, TypeError, AttributeError) as error:
-                say(
-                    f"train: the checkpoint of step {step} is passed over: {str(error).splitlines()[0]}",
-                    error=True,
-                )
-                continue
-            restore_curve(kept["curve"])
-            return Saved(folder, step, state)
+            if saved := self.read(step, folder, restore_curve):
+                return saved
         if others := [path.name for path in self._all.glob("*") if path.name != self._folder.name]:
             say(
                 f"train: from the start: {len(others)} checkpointed trainings were of other data, params or"
                 f" code ({', '.join(self._differing())})"
             )
         return None
+
+    def newest_on_all_nodes(self, restore_curve: Callable[[Points], None]) -> Saved | None:
+        """Return what `newest` finds in the first process, which the others get from it.
+
+        All processes call this together. Raises ConfigError if a node computes with other versions.
+        """
+        connect()
+        saved = None if rank() else self.newest(restore_curve)
+        folder = send_folder(saved.folder if saved else None, self._folder)
+        if rank() and folder:
+            saved = self.read(int(folder.name.removeprefix("step-")), folder, restore_curve)
+        if any_of([folder is not None and saved is None])[0]:
+            raise ConfigError(
+                "a node cannot go on from the checkpoint of node 0",
+                remedy="install the same lock on each node",
+            )
+        return saved
+
+    def read(self, step: int, folder: Path, restore_curve: Callable[[Points], None]) -> Saved | None:
+        """Read a checkpoint; print why it is passed over, and return None, if it is not valid."""
+        try:
+            if fault := self._fault(folder, step):
+                say(f"train: the checkpoint of step {step} is passed over: {fault}", error=True)
+                return None
+            kept = read_json(folder / STATE)
+            state = join(kept["state"], load_file(folder / TENSORS))
+        except (OSError, RatchetError, SafetensorError, KeyError, TypeError, AttributeError) as error:
+            why = str(error).splitlines()[0]
+            say(f"train: the checkpoint of step {step} is passed over: {why}", error=True)
+            return None
+        restore_curve(kept["curve"])
+        return Saved(folder, step, state)
 
     def _fault(self, folder: Path, step: int) -> str:
         if not (folder / MANIFEST).exists():

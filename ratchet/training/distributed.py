@@ -6,12 +6,15 @@ with the number asked for.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -19,9 +22,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ratchet.config.training import AdapterConfig, TrainConfig, why_whole
 from ratchet.errors import ConfigError
+from ratchet.files import whole_folder
 from ratchet.models.loading import layers_of, without_adapter
 
 TorchState = dict[str, Any]  # what `state_dict()` returns
+# Of one node among several: node 0's HOST:PORT, the node's number, and the network interface between nodes.
+RENDEZVOUS, NODE, INTERFACE = "RATCHET_RENDEZVOUS", "RATCHET_NODE", "RATCHET_INTERFACE"
+CHUNK = 64 * 2**20  # bytes of a file that are sent at once
 
 
 def rank() -> int:
@@ -32,29 +39,42 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def become_torchrun(processes: int, module: str, arguments: Sequence[str]) -> None:
+def become_torchrun(train: TrainConfig, module: str, arguments: Sequence[str]) -> None:
     """Replace this process by torchrun, unless torchrun started this process.
 
-    Several nodes are started by hand: `torchrun --nnodes … -m tasks.train …`.
+    On several nodes the variables of a node (`NODE_VARIABLES`) say where it belongs. Raises ConfigError.
     """
     if "WORLD_SIZE" in os.environ:
         return
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    run = [
-        "--nnodes",
-        "1",
-        "--nproc-per-node",
-        str(processes),
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-endpoint",
-        "127.0.0.1:0",
-        "--local-addr",
-        "127.0.0.1",
-    ]
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // train.processes)))
+    where = _one_of_several(train.nodes) if train.nodes > 1 else _alone()
+    run = ["--nnodes", str(train.nodes), "--nproc-per-node", str(train.processes), *where]
     command = [sys.executable, "-m", "torch.distributed.run", *run, "-m", module, *arguments]
     os.execv(sys.executable, command)  # noqa: S606  (no shell is wanted)
+
+
+def _alone() -> list[str]:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    return ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
+
+
+def _one_of_several(nodes: int) -> list[str]:
+    """Return torchrun's options for this node.
+
+    The rendezvous is static, because otherwise rank 0, which writes the candidate, may be on any node.
+    """
+    rendezvous, node = os.environ.get(RENDEZVOUS, ""), os.environ.get(NODE, "")
+    host, _, port = rendezvous.rpartition(":")
+    if not host or not port.isdigit() or not node.isdigit() or int(node) >= nodes:
+        raise ConfigError(
+            f"`train.nodes` is {nodes}; {RENDEZVOUS} is {rendezvous!r}, {NODE} is {node!r}",
+            remedy=f"on each node set {RENDEZVOUS} to HOST:PORT of node 0, which the others reach, and "
+            f"{NODE} to its number, 0 to {nodes - 1}; {INTERFACE} names the network interface where there "
+            "are several",
+        )
+    if interface := os.environ.get(INTERFACE):
+        os.environ |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
+    return ["--node-rank", node, "--master-addr", host, "--master-port", port]
 
 
 def end_with_parent() -> None:
@@ -73,7 +93,7 @@ def check_size(processes: int, found: int) -> None:
     """Raise ConfigError when the training runs in fewer or more processes than were asked for."""
     if processes != found:
         raise ConfigError(
-            f"`train.processes` is {processes}, and {found} work on this training",
+            f"`train.processes` times `train.nodes` is {processes}, and {found} work on this training",
             remedy="start it by `ratchet retrain` or `python -m tasks.train`, or set `train.processes`",
         )
 
@@ -89,7 +109,7 @@ def in_parts(train: TrainConfig, adapter: AdapterConfig) -> bool:
 
     Raises ConfigError: `train.parallel: fsdp` is not possible with these settings.
     """
-    if train.processes == 1 or train.parallel == "ddp":
+    if train.world_size == 1 or train.parallel == "ddp":
         return False
     why = why_whole(train, adapter)
     if why and train.parallel == "fsdp":
@@ -108,6 +128,54 @@ def any_of(flags: Sequence[bool]) -> list[bool]:
     )
     torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX)
     return [bool(flag) for flag in told.tolist()]
+
+
+def connect() -> None:
+    """Join the processes of all nodes, before the Trainer would."""
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def send_folder(source: Path | None, parent: Path) -> Path | None:
+    """Copy rank 0's folder `source` into `parent` on each other node; return its place on this node.
+
+    All processes call this together; `source` is None in all but the first, or everywhere if there is none.
+    """
+    listed = [[path.name, path.stat().st_size] for path in sorted(source.iterdir())] if source else []
+    told = json.loads(_send_bytes(json.dumps([source.name if source else "", listed]).encode()))
+    name, files = told
+    if not name:
+        return None
+    target = source or parent / name
+    writes = rank() > 0 and os.environ.get("LOCAL_RANK") == "0" and os.environ.get("GROUP_RANK") != "0"
+    with whole_folder(target) if writes else nullcontext(target) as folder:
+        for file, size in files:
+            with (folder / file).open("wb") if writes else nullcontext() as out:
+                _send_file(source / file if source else None, size, out)
+    torch.distributed.barrier()
+    return target
+
+
+def _send_file(source: Path | None, size: int, out: BinaryIO | None) -> None:
+    with source.open("rb") if source else nullcontext() as file:
+        for start in range(0, size, CHUNK):
+            chunk = _send_bytes(file.read(CHUNK) if file else b"", min(CHUNK, size - start))
+            if out:
+                out.write(chunk)
+
+
+def _send_bytes(data: bytes, size: int | None = None) -> bytes:
+    """Return rank 0's `data` in each process; `size` is its length where all know it."""
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    if size is None:
+        length = torch.tensor([len(data)], device=device)
+        torch.distributed.broadcast(length, 0)
+        size = int(length.item())
+    held = torch.empty(size, dtype=torch.uint8, device=device)
+    if rank() == 0:
+        held = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
+    torch.distributed.broadcast(held, 0)
+    return held.cpu().numpy().tobytes()
 
 
 def shard(model: Any) -> None:

@@ -43,6 +43,7 @@ COMMANDS = tuple(
         "retrain",
         "status",
         "serve",
+        "worker",
         "monitor",
         "rollout",
         "keys",

@@ -134,7 +134,7 @@ def test_too_few_invited_nodes_are_told_before_a_workspace_is_opened(
     [
         ("adapter", {"method": "dora"}, "adapter.method is 'dora'"),
         ("adapter", {"bias": "lora_only"}, "modules_to_save or bias"),
-        ("train", {"processes": 2}, "train.processes is 2"),
+        ("train", {"processes": 2}, "train.processes times train.nodes is 2"),
         ("train", {"teacher": "champion"}, "nodes have no champion"),
         ("evaluate", {"canaries": 4}, "evaluate.canaries is 4"),
         ("evaluate", {"audit_canaries": 4}, "audit_canaries 4"),

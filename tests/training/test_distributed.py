@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ from ratchet.errors import ConfigError
 from ratchet.files import read_json, sha256_file
 from ratchet.pipeline.dvc import without_torchrun
 from ratchet.tracking.curve import read_history
-from ratchet.training.distributed import check_size, in_parts
+from ratchet.training.distributed import become_torchrun, check_size, in_parts
 from ratchet.training.launch import Ended
 
 ROOT = Path(__file__).parents[2]
@@ -40,11 +41,19 @@ ARGUMENTS = [
 ]
 
 
-def start(folder: Path, tokens: Path, base: Path, nobody: Path, config: Config) -> subprocess.Popen[str]:
+def start(
+    folder: Path, tokens: Path, base: Path, nobody: Path, config: Config, **variables: str
+) -> subprocess.Popen[str]:
     for source, place in ((tokens, "data/tokenized"), (base, "models/base"), (nobody, "models/incumbent")):
         shutil.copytree(source, folder / place, dirs_exist_ok=True)
     (folder / "params.yaml").write_text(render_params(config))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RATCHET_ROOT": str(folder)}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "RATCHET_ROOT": str(folder),
+        **variables,
+    }
     command = [sys.executable, "-m", "tasks.train", *ARGUMENTS]
     return subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -204,11 +213,88 @@ def test_a_training_in_parts_that_is_killed_ends_in_the_same_bytes(
         said.append(process.communicate()[0])
         assert process.returncode == 0
     assert "goes on from the checkpoint of step 1" in said[0] and "goes on" not in said[1]
-    sums = [
-        {path.name: sha256_file(path) for path in (tmp_path / name / "models/candidate").iterdir()}
-        for name in ("killed", "whole")
+    assert sums(tmp_path / "killed") == sums(tmp_path / "whole")
+
+
+def on_nodes(config: Config, nodes: int, **changes: object) -> Config:
+    config = with_processes(config, 1, "lora")
+    train = {"nodes": nodes, "epochs": 0.5, "checkpoint_minutes": 0.0, **changes}
+    return config.model_copy(update={"train": config.train.model_copy(update=train)})
+
+
+def start_nodes(folders: list[Path], *inputs: Path, config: Config) -> list[subprocess.Popen[str]]:
+    """Start torchrun once a folder, each with a checkout of its own; they meet on loopback."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        rendezvous = f"127.0.0.1:{probe.getsockname()[1]}"
+    return [
+        start(
+            folder,
+            *inputs,
+            config,
+            RATCHET_RENDEZVOUS=rendezvous,
+            RATCHET_NODE=str(number),
+            RATCHET_INTERFACE="lo",
+        )
+        for number, folder in enumerate(folders)
     ]
-    assert sums[0] == sums[1]
+
+
+def sums(folder: Path) -> dict[str, str]:
+    return {path.name: sha256_file(path) for path in (folder / "models/candidate").iterdir()}
+
+
+@pytest.mark.e2e
+def test_nodes_go_on_from_the_checkpoint_of_node_0_and_another_number_of_nodes_begins_anew(
+    tmp_path, tokens, tiny_base, nobody, tiny_config
+):
+    """Two machines, of which the second has lost its disk; then one, which says why it cannot go on."""
+    inputs, config = (tokens, tiny_base, nobody), on_nodes(tiny_config, 2)
+    folders = [tmp_path / name for name in ("node 0", "node 1", "node 1 again", "whole 0", "whole 1")]
+    for folder in folders:
+        folder.mkdir()
+    killed = start_nodes(folders[:2], *inputs, config=config)
+    while not list(folders[0].glob(".ratchet/checkpoints/*/step-0000001*/manifest.json")):
+        assert killed[0].poll() is None, killed[0].communicate()[1]
+        time.sleep(0.01)
+    for process in killed:
+        process.kill()
+    for process in killed:
+        process.communicate()
+    assert not (folders[0] / "models/candidate").exists()
+    assert not list(folders[1].glob(".ratchet/checkpoints/*")), "only node 0 writes"
+    shutil.copytree(folders[0], tmp_path / "alone")
+    for nodes in (folders[0:3:2], folders[3:5]):
+        processes = start_nodes(nodes, *inputs, config=config)
+        said = [process.communicate() for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], said
+        assert ("goes on from the checkpoint of step 1" in said[0][0]) == (nodes[0] == folders[0])
+        assert "2 processes on 2 nodes" in said[0][0]
+        assert not (nodes[1] / "models/candidate").exists()
+        assert not list(nodes[1].glob(".ratchet/checkpoints/*")), "what was sent is gone with the success"
+    assert sums(folders[0]) == sums(folders[3])
+    process = start(tmp_path / "alone", *inputs, on_nodes(tiny_config, 1))
+    told = process.communicate()[0]
+    assert process.returncode == 0
+    assert "from the start" in told and "train.nodes 2 → 1" in told
+
+
+@pytest.mark.parametrize(
+    ("variables", "seen"),
+    [
+        ({}, r"`train.nodes` is 2; RATCHET_RENDEZVOUS is ''"),
+        ({"RATCHET_RENDEZVOUS": "hub:29500"}, r"RATCHET_NODE is ''"),
+        ({"RATCHET_RENDEZVOUS": "hub:29500", "RATCHET_NODE": "2"}, r"its number, 0 to 1"),
+        ({"RATCHET_RENDEZVOUS": "hub", "RATCHET_NODE": "1"}, r"HOST:PORT of node 0"),
+    ],
+)
+def test_a_node_that_does_not_know_its_place_is_refused(monkeypatch, variables, seen):
+    for name in ("RATCHET_RENDEZVOUS", "RATCHET_NODE", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=seen):
+        become_torchrun(TrainConfig(nodes=2, accumulate=2), "tasks.train", [])
 
 
 @pytest.mark.parametrize(
@@ -276,7 +362,7 @@ def test_of_torchruns_report_only_what_the_process_said_is_told():
 
 
 def test_fewer_processes_than_asked_for_are_no_training():
-    with pytest.raises(ConfigError, match=r"`train\.processes` is 2, and 1 work"):
+    with pytest.raises(ConfigError, match=r"`train\.nodes` is 2, and 1 work"):
         check_size(2, 1)
 
 
