@@ -117,9 +117,8 @@ def test_there_and_back_nothing_changes(root: Path, url: str) -> None:
     assert where(root, load_config(root / "params.yaml")).rows["requests"] == ROWS
 
     queue = ReviewQueue(root)  # the numbers of new rows follow those that were copied
-    queue.add(
-        [Item("9" * 64, "later", "synthetic", (Message("user", "a"), Message("assistant", "b")))], share=1
-    )
+    said = (Message("user", "a"), Message("assistant", "b"))
+    queue.add([Item("9" * 64, "later", "synthetic", said)], share=1)
     queue.decide(Decision(f"{2:064}", "faq", "accept", by="bo"))
     assert [draft.name for draft in queue.drafts()] == ["faq", "later"]
 
@@ -191,9 +190,8 @@ storage.move_storage(root, load_config(root / "params.yaml"), to, print)
 
 
 def kill_at(step: str, root: Path, to: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, step, to, str(root)], check=False, capture_output=True
-    )
+    command = [sys.executable, "-c", KILLED, step, to, str(root)]
+    done = subprocess.run(command, check=False, capture_output=True)
     assert done.returncode == -9, done.stderr.decode()
 
 
@@ -213,10 +211,12 @@ def test_an_interrupted_move_leaves_the_source_in_charge(root: Path, url: str, s
 
 
 def test_the_command_tells_what_it_did(root: Path, url: str) -> None:
-    command = [sys.executable, "-m", "ratchet.cli", "-C", str(root), "storage"]
-    done = subprocess.run(
-        [*command, "move", "--to", url, "--json"], check=True, capture_output=True, text=True
-    )
+    done = run(root, "move", "--to", url, "--json")
     assert json.loads(done.stdout)["rows"]["requests"] == ROWS
-    shown = subprocess.run([*command, "status"], check=True, capture_output=True, text=True).stdout
+    shown = run(root, "status").stdout
     assert f"{ROWS:,}" in shown and "127.0.0.1" in shown and PASSWORD not in shown + done.stdout + done.stderr
+
+
+def run(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ratchet.cli", "-C", str(root), "storage", *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True)
