@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 from ruamel.yaml import YAML
 
-from ratchet.errors import BaseModelError, CheckoutError, RatchetError, ServiceError
+from ratchet.errors import BaseModelError, CheckoutError, CommandError, RatchetError, ServiceError
 from ratchet.files import read_json, to_json, whole_folder, write_bytes, write_json
 from ratchet.models.loading import adapter_sha256
 from ratchet.models.manifests import MANIFEST, read_base_manifest, read_trained_manifest
@@ -94,6 +94,7 @@ def make_bundle(root: Path, *, name: str, version: int, commit: str, adapter_sha
     """
     folder = root / SERVING / f"v{version}-{adapter_sha256[:12]}"
     if not _is_whole(root, folder):
+        _fetch_commit(root, commit)
         base = _fetch_base(root, commit)
         with whole_folder(folder) as filling:
             require_output(root, commit, "models/candidate", filling / "adapter")
@@ -213,6 +214,15 @@ def _read_bundle(root: Path, folder: Path, name: str, version: int) -> Bundle:
     base = root / SERVING / "bases" / card.base
     length = read_base_manifest(base).context or card.max_length
     return Bundle(name, version, folder / "adapter", base, length, Generation(card.max_new_tokens))
+
+
+def _fetch_commit(root: Path, commit: str) -> None:
+    """Fetch from the clone's origin if the commit is not here yet, as where another machine promotes."""
+    try:
+        git(root, "cat-file", "-e", f"{commit}^{{commit}}")
+    except CommandError:
+        with suppress(CommandError):  # reading the commit says what is missing
+            git(root, "fetch", "--quiet", "origin")
 
 
 def _fetch_base(root: Path, commit: str) -> Path:

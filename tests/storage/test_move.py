@@ -26,6 +26,7 @@ from ratchet.pipeline.checkout import locked
 from ratchet.promotion.rollout import Rollout, end_rollout, read_ended, read_rollout, write_rollout
 from ratchet.review.queue import ReviewQueue
 from ratchet.review.records import Decision, Item
+from ratchet.services.doctor import check_storage
 from ratchet.serving.bundle import ServingState, drop_state, write_state
 from ratchet.storage.database import URL_VARIABLE, find_database
 from tasks.storage import FILES, move_storage, where
@@ -132,6 +133,21 @@ def test_there_and_back_nothing_changes(root: Path, url: str) -> None:
     find_database.__globals__["_opened"].clear()  # as in a new process
     with pytest.raises(ConfigError, match=r"was moved from .* to files on .*git pull"):
         read_rollout(root)
+
+
+def test_the_doctor_says_what_was_left_in_files(
+    root: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert check_storage(root) == []
+    monkeypatch.setenv(URL_VARIABLE, url)
+    (found,) = check_storage(root)
+    assert found.ok is None and ".ratchet/rollout.json" in found.found and "storage move" in found.remedy
+    monkeypatch.delenv(URL_VARIABLE)
+    move(root, url)
+    assert [found.ok for found in check_storage(root)] == [True]
+    monkeypatch.setenv(URL_VARIABLE, url.replace(url.rpartition("/")[2], "absent"))
+    (found,) = check_storage(root)
+    assert found.ok is False and "absent" in found.found
 
 
 def test_a_target_that_holds_something_is_not_overwritten(root: Path, url: str, tmp_path: Path) -> None:
