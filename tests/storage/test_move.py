@@ -120,7 +120,7 @@ def test_there_and_back_nothing_changes(root: Path, url: str) -> None:
     queue = ReviewQueue(root)  # the numbers of new rows follow those that were copied
     said = (Message("user", "a"), Message("assistant", "b"))
     queue.add([Item("9" * 64, "later", "synthetic", said)], share=1)
-    queue.decide(Decision(f"{2:064}", "faq", "accept", by="bo"))
+    queue.decide(Decision(f"{2:064}", "faq", "reject", by="bo"))
     assert [draft.name for draft in queue.drafts()] == ["faq", "later"]
 
     changed = state_of(root)

@@ -36,6 +36,7 @@ from ratchet.promotion.rollout import (
 )
 from ratchet.review.queue import ReviewQueue
 from ratchet.review.records import Decision, Item
+from ratchet.services.status import describe, see_status
 from ratchet.serving.bundle import ServingState, read_states, write_state
 from ratchet.serving.faults import Fault
 from ratchet.storage import leases
@@ -127,6 +128,9 @@ def test_a_database_that_is_down_is_named_without_its_password(
     assert "secret" not in str(caught.value)
     with pytest.raises(ServiceError), locked(tmp_path, "promote"):
         pass
+    found = see_status(tmp_path, Config())
+    assert found.rollout is None and "cannot be used" in found.fault
+    assert any("rollout    unknown" in line for line in describe(found))
 
 
 def test_both_see_one_document(homes: tuple[Path, Path]) -> None:
