@@ -1,8 +1,8 @@
 """Take one look at the rollout: the flow `rollout`.
 
 It handles people's decisions in MLflow first, then the waiting challenger, then the figures of live users.
-Every step can be repeated. MLflow and the request log may be down: the file `.ratchet/rollout.json` decides,
-and MLflow follows at the next look.
+Every step can be repeated. MLflow and the request log may be down: the document `.ratchet/rollout.json`
+decides, and MLflow follows at the next look.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from flows.events import artifact_key
 from flows.mlflow_decisions import apply_decisions, is_waiting, take_charge
 from ratchet.config.params import Config, load_config
 from ratchet.errors import CheckoutError, RatchetError, ServiceError, UserError
-from ratchet.files import write_text
 from ratchet.monitoring.request_log import open_log
 from ratchet.pipeline.checkout import who
 from ratchet.pipeline.stage import project_root
@@ -40,6 +39,7 @@ from ratchet.promotion.rollout import (
 )
 from ratchet.reporting.markdown import rollout_card
 from ratchet.serving import bundle
+from ratchet.storage.documents import remove_document, write_document
 from ratchet.tracking.registry import CHALLENGER, drop_alias
 from tasks.rollout import Look, Registry, follow, look, read_registry
 
@@ -73,7 +73,7 @@ def look_once(root: Path, config: Config, say: Say) -> Rollout | None:
 
     Raises CheckoutError for malformed files.
     """
-    write_text(root / AGAIN, "")
+    write_document(root, AGAIN, b"")
     registry = _ask_registry(config, say)
     if registry and apply_decisions(root, config, registry, say):
         registry = _ask_registry(config, say)
@@ -86,7 +86,7 @@ def look_once(root: Path, config: Config, say: Say) -> Rollout | None:
     after = read_state(root)
     followed = registry is not None and _follow(after, config, registry, say)
     if registry and followed and not any(is_waiting(version) for version in registry.versions.values()):
-        (root / AGAIN).unlink(missing_ok=True)
+        remove_document(root, AGAIN)
     return (after.find(seen) if seen else None) or after.current
 
 
@@ -163,16 +163,17 @@ def _settle(root: Path, current: Rollout, say: Say) -> Rollout | None:
 
 
 def _refusal(root: Path, current: Rollout) -> str | None:
-    """Return why the gateway cannot load the challenger, or None.
+    """Return why a gateway cannot load the challenger, or None.
 
     The gateway must have refused it for REFUSED_SECONDS since the rollout was opened, because a temporary
     fault must not end a rollout.
     """
-    state = bundle.read_state(root) or bundle.ServingState()
-    since = state.refused_since.get(f"v{current.version}", 0.0)
-    if since < current.opened or time.time() - since < REFUSED_SECONDS:
-        return None
-    return state.refused.get(f"v{current.version}")
+    name = f"v{current.version}"
+    for state in bundle.read_states(root):
+        since = state.refused_since.get(name, 0.0)
+        if since >= current.opened and time.time() - since >= REFUSED_SECONDS:
+            return state.refused.get(name)
+    return None
 
 
 def _open_challenger(root: Path, config: Config, registry: Registry, say: Say) -> Rollout | None:

@@ -18,7 +18,9 @@ from pathlib import Path
 import httpx
 
 from ratchet.config.params import Config
+from ratchet.promotion.champion import publish_newer
 from ratchet.promotion.rollout import AGAIN, FILE
+from ratchet.storage.documents import read_documents
 
 SECONDS = 10.0  # between two glances
 BLIND_FACTOR = (
@@ -49,9 +51,11 @@ class Watcher:
 
     def glance(self) -> bool:
         """Request a look if one is due or the registry changed, and return whether it was requested."""
+        publish_newer(self._root)
         now, seen = time.monotonic(), registry_fingerprint(self._config.project.name)
-        waits = (
-            seen is None or (self._root / FILE).exists() or (self._root / AGAIN).exists()
+        documents = read_documents(self._root, [FILE, AGAIN])
+        waits = seen is None or any(
+            content is not None for content in documents.values()
         )  # without an answer of the registry, looks are due by the clock alone
         due = waits and now - self._looked >= self._config.rollout.look_seconds * (
             BLIND_FACTOR if seen is None else 1

@@ -9,6 +9,7 @@ RatchetError               exit code 1: our fault, or the machine's
 │   └── CheckoutError      git, DVC, the working tree
 ├── ServiceError           MLflow, Prefect, the request log or an upstream does not start or does not answer
 ├── BusyError              a full queue or another open rollout: the caller may try again later
+├── LeaseError             another process took over a lock while this one was away
 ├── StageError             a DVC stage failed; carries the stage's own exit code
 ├── CommandError           git or DVC failed, and no check foresaw the reason
 ├── SupersededError        another attempt at a stage on another machine has begun; this one is over
@@ -64,6 +65,10 @@ class CheckoutError(UserError):
 
 
 class ServiceError(RatchetError):
+    pass
+
+
+class LeaseError(RatchetError):
     pass
 
 

@@ -62,7 +62,13 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON with sorted keys, so that equal values give equal bytes. Raises ValueError for NaN."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n")
+    write_bytes(path, [to_json(value)])
+
+
+def to_json(value: Any) -> bytes:
+    """Return JSON with sorted keys and a final newline, in UTF-8. Raises ValueError for NaN."""
+    text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False)
+    return f"{text}\n".encode()
 
 
 def read_json(path: Path) -> Any:

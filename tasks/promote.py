@@ -16,7 +16,14 @@ from ratchet.errors import CheckoutError, CommandError, RatchetError, ServiceErr
 from ratchet.files import write_text
 from ratchet.pipeline.dvc import Workspace
 from ratchet.pipeline.workspace import land
-from ratchet.promotion.champion import FILE, Champion, last_entry, read_champion, write_champion
+from ratchet.promotion.champion import (
+    FILE,
+    Champion,
+    last_entry,
+    publish_champion,
+    read_champion,
+    write_champion,
+)
 from ratchet.promotion.gate_tags import check_gate, named, read_tags
 from ratchet.tracking.mlflow import KEY_TAG
 from ratchet.tracking.registry import (
@@ -173,6 +180,10 @@ def _put_in_charge(workspace: Workspace, chosen: Champion, say: Say) -> Champion
         )  # otherwise a second try would take this clone's entry for the champion
         raise
     say(f"{FILE}: v{chosen.version} is in charge (before: {named(chosen.replaced)})")
+    try:
+        publish_champion(workspace.root, chosen)
+    except ServiceError as error:
+        say(f"gateways with the shared storage follow later: {error}")
     follow_alias(workspace.root, chosen, say)
     return chosen
 

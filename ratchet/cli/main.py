@@ -53,6 +53,7 @@ for command in (
 add_old_name(app, "ledger", "retention", retention)
 app.add_typer(promotion.rollout, name="rollout")
 app.add_typer(services.keys, name="keys")
+app.add_typer(services.storage, name="storage")
 app.add_typer(gate.app, name="gate")
 app.add_typer(review.app, name="review")
 app.add_typer(data.app, name="data")

@@ -14,6 +14,48 @@ from ratchet.errors import ConfigError, UserError
 keys = typer.Typer(help="The gateway's API keys.", no_args_is_help=True, rich_markup_mode=None)
 
 
+storage = typer.Typer(
+    help="Where the shared state is: the rollout, retrainings, review queue, request log and locks.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+
+@storage.command("status")
+def storage_status(*, as_json: Json = False) -> None:
+    """Show where the state is, and how much there is. Example: ratchet storage status"""
+    from tasks.storage import where
+
+    root = find_root()
+    found = where(root, read_config(root))
+    lines = [f"  {name:12}{rows:>9,}" for name, rows in {"documents": found.documents, **found.rows}.items()]
+    show(found, as_json, lambda: say("\n".join([f"the state is in {found.storage}", *lines])))
+
+
+@storage.command("move")
+def storage_move(
+    to: Annotated[
+        str,
+        typer.Option("--to", help="postgresql+psycopg://USER@HOST/DATABASE without a password, or `files`."),
+    ],
+    *,
+    as_json: Json = False,
+) -> None:
+    """Move the state into a PostgreSQL that gateways and workers share, or back into files.
+
+    Example: ratchet storage move --to postgresql+psycopg://ratchet@db/claims
+    """
+    from tasks.storage import move_storage
+
+    root = find_root()
+    moved = move_storage(root, read_config(root), to, lambda line: typer.echo(line, err=True))
+    done = (
+        f"moved {moved.documents} documents and {sum(moved.rows.values()):,} rows to {moved.target}\n"
+        "storage.url in params.yaml is set: git commit it, and git pull it on the other machines"
+    )
+    show(moved, as_json, lambda: say(done))
+
+
 @keys.command("add")
 def keys_add(
     name: Annotated[str, typer.Argument(help="Whose key it is.")],

@@ -20,7 +20,7 @@ from ratchet.config.data import IngestConfig, PrepareConfig, ProjectConfig, Revi
 from ratchet.config.evaluation import EvaluateConfig, GateConfig, ParityConfig
 from ratchet.config.federation import FederateConfig
 from ratchet.config.monitoring import MonitorConfig, RolloutConfig
-from ratchet.config.serving import GatewayConfig, RequestLogConfig, ServicesConfig
+from ratchet.config.serving import GatewayConfig, RequestLogConfig, ServicesConfig, StorageConfig
 from ratchet.config.synthesis import SynthesizeConfig
 from ratchet.config.training import (
     AdapterConfig,
@@ -75,6 +75,7 @@ class Config(Section):
     review: ReviewConfig = Field(default_factory=ReviewConfig)
     monitor: MonitorConfig = Field(default_factory=MonitorConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    storage: StorageConfig = Field(default_factory=StorageConfig)
     services: ServicesConfig = Field(default_factory=ServicesConfig)
 
     @model_validator(mode="after")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from ratchet.config.base import Count, Port, Section
 
@@ -68,6 +69,28 @@ class GatewayConfig(Section):
     )
 
 
+class StorageConfig(Section):
+    """Where the project's shared state is: the rollout, retrainings, review queue, request log and locks."""
+
+    url: str = Field(
+        default="",
+        description="URL of a PostgreSQL database of the project's own, such as "
+        "`postgresql+psycopg://ratchet@host/claims`, which several gateways and workers share; empty: files "
+        "in `.ratchet`. `ratchet storage move` fills it. The password comes from PGPASSWORD, PGPASSFILE or "
+        "~/.pgpass; RATCHET_STORAGE_URL overrides this key",
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _no_password(cls, url: str) -> str:
+        if re.match(r"[^/@]*//[^/@:]*:[^/@]*@", url) or "password=" in url:
+            raise ValueError(
+                "storage.url holds a password, which git would keep: leave it out, and set PGPASSWORD, "
+                "~/.pgpass or RATCHET_STORAGE_URL"
+            )
+        return url
+
+
 class RequestLogConfig(Section):
     """What the gateway stores of requests and feedback."""
 
@@ -75,7 +98,8 @@ class RequestLogConfig(Section):
 
     url: str = Field(
         default="",
-        description="SQLAlchemy URL; empty: SQLite in `.ratchet/requests.db`. Put a password into "
+        description="SQLAlchemy URL; empty: `storage.url`, or SQLite in `.ratchet/requests.db`. Put a "
+        "password into "
         "RATCHET_REQUEST_LOG_URL, which overrides this key",
     )
     queue: Count = Field(

@@ -114,6 +114,7 @@ def _lifespan(parts: Parts) -> Callable[[Starlette], AbstractAsyncContextManager
         while parts.slots.held and time.monotonic() < until:
             await asyncio.sleep(0.02)
         await parts.fleet.close()
+        parts.doorkeeper.close()
         await parts.engine.close()
         await run_in_threadpool(parts.log.close)
 

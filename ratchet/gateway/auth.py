@@ -1,6 +1,8 @@
-"""API keys of the gateway: `.ratchet/keys.json` keeps their SHA-256 and scopes, never the keys themselves.
+"""API keys of the gateway: the document `.ratchet/keys.json` keeps their SHA-256 and scopes, never the keys
+themselves.
 
-Once the file exists, every request needs a key; a running gateway notices changes at once.
+Once it exists, every request needs a key; a running gateway notices changes at once, or within a second where
+the document is in the shared database.
 """
 
 from __future__ import annotations
@@ -9,19 +11,24 @@ import base64
 import binascii
 import hashlib
 import hmac
+import logging
 import secrets
+import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
 
-from ratchet.errors import CheckoutError, UserError
-from ratchet.files import write_private
+from ratchet.errors import CheckoutError, RatchetError, UserError
 from ratchet.serving.faults import Fault
+from ratchet.storage.database import find_database
+from ratchet.storage.documents import read_document, write_document
 
 FILE = Path(".ratchet/keys.json")
 SCOPES = ("infer", "feedback", "admin")
+FOLLOW_SECONDS = 1.0
+log = logging.getLogger("ratchet.gateway")
 PREFIX = "sk-ratchet-"  # scanners for secrets, and the log's redaction, recognise `sk-`
 
 
@@ -68,10 +75,12 @@ def add_key(root: Path, name: str, scopes: Iterable[str]) -> str:
 
 def list_keys(root: Path) -> list[Key]:
     """List the keys. Raises CheckoutError for a file that holds no keys."""
+    return _decode(read_document(root, FILE))
+
+
+def _decode(content: bytes | None) -> list[Key]:
     try:
-        return msgspec.json.decode((root / FILE).read_bytes(), type=list[Key])
-    except FileNotFoundError:
-        return []
+        return [] if content is None else msgspec.json.decode(content, type=list[Key])
     except msgspec.DecodeError as error:
         raise CheckoutError(
             f"{FILE} holds no keys: {error}", remedy="remove it and make new keys with `ratchet keys add`"
@@ -95,13 +104,31 @@ def revoke_key(root: Path, name: str) -> None:
 class Doorkeeper:
     """The check of a request's key and its scopes.
 
-    The file is read again when it has changed. `required`: keys are needed even if there is no file.
+    The file is read again when it has changed, the shared document each second in a thread: a request does
+    not wait for the database, and the keys stay known while it is down. `required`: keys are needed even if
+    there are none.
     """
 
     def __init__(self, root: Path, *, required: bool) -> None:
+        """Begin to follow the keys. Raises ServiceError while the shared database does not answer."""
         self._path, self._root, self._required = root / FILE, root, required
         self._seen: tuple[int, int, int] | None = None
         self._keys: list[Key] = []
+        self._shared = find_database(root) is not None
+        self._content = read_document(root, FILE) if self._shared else None
+        self._ended = threading.Event()
+        if self._shared:
+            threading.Thread(target=self._follow, name="keys", daemon=True).start()
+
+    def close(self) -> None:
+        self._ended.set()
+
+    def _follow(self) -> None:
+        while not self._ended.wait(FOLLOW_SECONDS):
+            try:
+                self._content = read_document(self._root, FILE)
+            except RatchetError as error:
+                log.warning("API keys stay as they were: %s", error)
 
     def admit(self, header: str, scope: str) -> Key:
         """Return the key that an `Authorization` header holds.
@@ -119,6 +146,8 @@ class Doorkeeper:
         return key
 
     def _are_needed(self) -> bool:
+        if self._shared:
+            return self._read(self._content)
         try:
             stat = self._path.stat()
         except FileNotFoundError:
@@ -131,6 +160,13 @@ class Doorkeeper:
             except CheckoutError as error:  # a broken file admits nobody
                 raise Fault(503, str(error), code="no_keys") from None
         return True
+
+    def _read(self, content: bytes | None) -> bool:
+        try:
+            self._keys = _decode(content)
+        except CheckoutError as error:  # a broken document admits nobody
+            raise Fault(503, str(error), code="no_keys") from None
+        return self._required or content is not None
 
     def _find(self, shown: str) -> Key:
         digest, found = _digest(shown), None
@@ -148,7 +184,8 @@ class Doorkeeper:
 
 
 def _write_keys(root: Path, keys: list[Key]) -> None:
-    write_private(root / FILE, msgspec.json.format(msgspec.json.encode(keys), indent=2) + b"\n")
+    content = msgspec.json.format(msgspec.json.encode(keys), indent=2) + b"\n"
+    write_document(root, FILE, content, private=True)
 
 
 def _read_header(header: str) -> str:

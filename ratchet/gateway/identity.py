@@ -1,7 +1,7 @@
 """Make signed request ids, so that forged ones are recognised, and pseudonyms in place of users.
 
-Both depend on `.ratchet/gateway.key`, made at the first start. If that file is lost, old ids are no longer
-accepted, and every user counts as new.
+Both depend on the document `.ratchet/gateway.key`, made at the first start; gateways with a shared database
+have one key together. If it is lost, old ids are no longer accepted, and every user counts as new.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import secrets
 from pathlib import Path
 
 from ratchet.errors import CheckoutError
-from ratchet.files import write_private
+from ratchet.storage.documents import make_document, read_document
 
 FILE = Path(".ratchet/gateway.key")
 KEY_BYTES = 32
@@ -20,8 +20,8 @@ CHAT, RESPONSE = "chatcmpl-", "resp_"  # as OpenAI's ids begin
 
 class Ids:
     def __init__(self, root: Path) -> None:
-        """Read or make the key. Raises CheckoutError when the key's file is not ours."""
-        self._key = _read_key(root / FILE)
+        """Read or make the key. Raises CheckoutError when the key is not ours, ServiceError."""
+        self._key = _read_key(root)
 
     def make(self, head: str = CHAT) -> str:
         """Make an id: `chatcmpl-<96 random bits>-<64 bits of HMAC>`, in hex; of a response `resp_…`."""
@@ -48,16 +48,14 @@ class Ids:
 
 def known_pseudonym(root: Path, user: str) -> str:
     """Return the pseudonym that this checkout's gateway gives a user; empty where no gateway has run."""
-    return Ids(root).pseudonym(user) if (root / FILE).exists() else ""
+    return Ids(root).pseudonym(user) if read_document(root, FILE) is not None else ""
 
 
-def _read_key(path: Path) -> bytes:
-    if not path.exists():
-        write_private(path, secrets.token_bytes(KEY_BYTES))
-    key = path.read_bytes()
+def _read_key(root: Path) -> bytes:
+    key = read_document(root, FILE) or make_document(root, FILE, secrets.token_bytes(KEY_BYTES))
     if len(key) != KEY_BYTES:
         raise CheckoutError(
-            f"{path} holds {len(key)} bytes, wanted {KEY_BYTES}",
+            f"{root / FILE} holds {len(key)} bytes, wanted {KEY_BYTES}",
             remedy=(
                 "remove it: feedback on earlier answers is refused from then on, and users count as new ones"
             ),

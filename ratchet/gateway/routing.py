@@ -1,9 +1,9 @@
 """Load versions, and choose the one that answers a request, as champion.json and .ratchet/rollout.json say;
-both files are read three times a second.
+both are read three times a second, from files or from the database that several gateways share.
 
-Two loops: one watches the files and replaces the routing table in one step; the other loads missing versions
+Two loops: one watches them and replaces the routing table in one step; the other loads missing versions
 and unloads unused ones. The champion's predecessor stays loaded, so that a rollback waits for no loading. If
-a file cannot be read or a version cannot be loaded, the last good table stays in use.
+one cannot be read or a version cannot be loaded, the last good table stays in use.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -22,11 +23,20 @@ import msgspec
 from ratchet.config.params import Config
 from ratchet.errors import CheckoutError, RatchetError, ServiceError
 from ratchet.promotion.champion import FILE as CHAMPION
-from ratchet.promotion.champion import Champion, last_entry, read_champion
+from ratchet.promotion.champion import Champion, decode_champion, last_entry
 from ratchet.promotion.rollout import FILE as ROLLOUT
-from ratchet.promotion.rollout import Rollout, position, read_rollout
-from ratchet.serving.bundle import ServingState, forget_bundles, make_bundle, write_state
+from ratchet.promotion.rollout import Rollout, decode_rollout, position
+from ratchet.serving.bundle import (
+    SAY_SECONDS,
+    ServingState,
+    drop_state,
+    forget_bundles,
+    make_bundle,
+    write_state,
+)
 from ratchet.serving.engine import Engine
+from ratchet.storage.database import find_database
+from ratchet.storage.documents import read_documents
 
 # Between two looks at the files; before a failed load is repeated; before an unused version is unloaded.
 LOOK_SECONDS, AGAIN_SECONDS, GRACE_SECONDS = 0.3, 60.0, 5.0
@@ -76,7 +86,8 @@ class Fleet:
     def __init__(self, root: Path, config: Config, engine: Engine) -> None:
         self._root, self._engine = root, engine
         self._table = Table()
-        self._seen: tuple[bytes, bytes] | None = None
+        self._name = f"{socket.gethostname()}-{config.gateway.port}"  # among gateways that share a database
+        self._seen: tuple[bytes | None, bytes | None] | None = None
         self._champion: Champion | None = None  # as last read without an error
         self._rollout: Rollout | None = None
         self._entries: dict[int, Wanted | None] = {}  # predecessors, from the ledger
@@ -85,6 +96,7 @@ class Fleet:
         self._under_way: Counter[int] = Counter()
         self._left: dict[int, float] = {}  # version → since when nobody wants it
         self._told: ServingState | None = None
+        self._told_at = 0.0  # on the monotonic clock
         self._faults: list[str] = []  # met since the files last changed
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -107,6 +119,7 @@ class Fleet:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.to_thread(drop_state, self._root, self._name)
 
     def choose(self, unit: str) -> Choice:
         """Choose the version that answers, by `unit` (a user or a request) alone.
@@ -145,21 +158,26 @@ class Fleet:
     # --- watching: nothing here takes long ------------------------------------------------------------------
 
     async def _watch(self) -> None:
-        seen = (_content(self._root / CHAMPION), _content(self._root / ROLLOUT))
+        try:
+            seen = await asyncio.to_thread(_read_documents, self._root)
+        except ServiceError as error:  # the last good table stays in use
+            self._warn(str(error))
+            self._swap()
+            return
         if seen != self._seen:
             self._seen, self._faults, self._entries = seen, [], {}
-            self._read()
+            self._read(*seen)
         self._swap()
         await self._tell()
 
-    def _read(self) -> None:
+    def _read(self, champion_json: bytes | None, rollout_json: bytes | None) -> None:
         """Read champion.json and the rollout.
 
-        A file that cannot be read changes nothing. Nor does a missing champion.json, since git removes the
-        file for a moment when it replaces it.
+        A document that cannot be read changes nothing. Nor does a missing champion.json, since git removes
+        the file for a moment when it replaces it.
         """
         try:
-            champion = read_champion(self._root)
+            champion = None if champion_json is None else decode_champion(champion_json, CHAMPION)
             if champion is None and self._champion:
                 self._warn(
                     f"{CHAMPION} is gone, v{self._champion.version} answers on; git checkout HEAD --"
@@ -169,7 +187,7 @@ class Fleet:
         except RatchetError as error:
             self._warn(str(error))
         try:
-            rollout = read_rollout(self._root)
+            rollout = decode_rollout(self._root, rollout_json)
             if rollout and not 0 <= rollout.step < len(rollout.shares):
                 raise CheckoutError(
                     f"{ROLLOUT} is at step {rollout.step} of {len(rollout.shares)}",
@@ -223,10 +241,11 @@ class Fleet:
             {f"v{version}": why for version, why in sorted(self.refused.items())},
             {f"v{one.version}": refusal.since for one, refusal in self._refused.items()},
         )
-        if state != self._told:
+        shared = find_database(self._root) is not None
+        if state != self._told or (shared and time.monotonic() - self._told_at >= SAY_SECONDS):
             written = msgspec.structs.replace(state, at=time.time())
-            await asyncio.to_thread(write_state, self._root, written)
-            self._told = state
+            await asyncio.to_thread(write_state, self._root, written, self._name)
+            self._told, self._told_at = state, time.monotonic()
 
     # --- tending: may take long -----------------------------------------------------------------------------
 
@@ -321,11 +340,13 @@ class Fleet:
             log.warning("%s", _one_line(message), exc_info=trace)
 
 
-def _content(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return b""
+def _read_documents(root: Path) -> tuple[bytes | None, bytes | None]:
+    """Read champion.json and the rollout; until a champion was published, the checkout's own file counts."""
+    found = read_documents(root, [Path(CHAMPION), ROLLOUT])
+    champion = found[Path(CHAMPION)]
+    if champion is None and (root / CHAMPION).exists():
+        champion = (root / CHAMPION).read_bytes()
+    return champion, found[ROLLOUT]
 
 
 def _describe(table: Table) -> str:

@@ -24,6 +24,7 @@ from ratchet.errors import ConfigError, RatchetError, ServiceError, UserError
 from ratchet.monitoring.pictures import KeptPictures
 from ratchet.monitoring.request_queries import RequestQueries
 from ratchet.monitoring.request_records import Counts, Feedback, Logged
+from ratchet.storage.database import find_url
 
 if TYPE_CHECKING:
     from ratchet.config.params import Config
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 BATCH, WAIT_SECONDS, BACK_OFF_SECONDS, CLEAN_SECONDS = 500, 0.2, 5.0, 600.0
 REDACTED = "[redacted]"
 log = logging.getLogger("ratchet.monitoring.request_log")
-URL_VARIABLE = "RATCHET_REQUEST_LOG_URL"
+URL_VARIABLE, FILE = "RATCHET_REQUEST_LOG_URL", Path(".ratchet/requests.db")
 
 
 def open_log(root: Path, config: Config) -> RequestLog:
@@ -41,9 +42,9 @@ def open_log(root: Path, config: Config) -> RequestLog:
     """
     from sqlalchemy.exc import ArgumentError
 
-    url = os.environ.get(URL_VARIABLE) or config.request_log.url
+    url = os.environ.get(URL_VARIABLE) or config.request_log.url or find_url(root)[0]
     if not url:
-        path = root / ".ratchet" / "requests.db"
+        path = root / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)  # people's prompts; SQLite gives its other files the same mode
         url = f"sqlite:///{path}"

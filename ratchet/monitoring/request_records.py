@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from ratchet.monitoring.pictures import Look
+from ratchet.storage.database import connect
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine, MetaData, Table
@@ -16,15 +17,6 @@ if TYPE_CHECKING:
 
 TRIES = 10
 SOMEBODY_WAS_FASTER = re.compile(r"already exists|duplicate column|duplicate key", re.IGNORECASE)
-CONNECT_SECONDS = 5
-# A database whose machine vanishes sends no error. Without these limits a connection waits for the kernel's
-# timeout of a quarter of an hour.
-STAY_AWAKE = {
-    "tcp_user_timeout": 5000,
-    "keepalives_idle": 5,
-    "keepalives_interval": 2,
-    "keepalives_count": 2,
-}  # milliseconds, seconds
 
 
 def update_tables(engine: Engine, metadata: MetaData) -> None:
@@ -145,12 +137,7 @@ def make_engine(url: str) -> Engine:
     from sqlalchemy import create_engine, event, make_url
 
     if make_url(url).get_backend_name() != "sqlite":
-        return create_engine(
-            url,
-            pool_pre_ping=True,
-            pool_timeout=CONNECT_SECONDS,
-            connect_args={"connect_timeout": CONNECT_SECONDS, **STAY_AWAKE},
-        )
+        return connect(url)
     engine = create_engine(url)
 
     @event.listens_for(engine, "connect")

@@ -1,4 +1,4 @@
-"""Record the trainings that ran on this machine, one line each in `.ratchet/retrains.jsonl`.
+"""Record the project's trainings, one line each in the document `.ratchet/retrains.jsonl`.
 
 Drift's budget and cool-down are computed from them.
 """
@@ -11,8 +11,8 @@ from pathlib import Path
 import msgspec
 
 from ratchet.errors import CheckoutError
-from ratchet.files import write_bytes, write_text
 from ratchet.pipeline.checkout import locked
+from ratchet.storage.documents import read_document, write_document, written_at
 
 FILE, ASKED = Path(".ratchet/retrains.jsonl"), Path(".ratchet/drift-asked")
 BEGIN_SECONDS = 900  # a requested retraining begins within this time, pulling its rows included
@@ -34,13 +34,12 @@ class Retraining(msgspec.Struct, frozen=True):
 def remember(root: Path, *, reason: str, seconds: float, run_key: str, verdict: str) -> None:
     """Add a training to the record; the caller holds the lock `retrain`."""
     done = [*read_retrains(root), Retraining(time.time(), reason, seconds, run_key, verdict)]
-    write_bytes(root / FILE, (msgspec.json.encode(entry) + b"\n" for entry in done))
+    write_document(root, FILE, b"".join(msgspec.json.encode(entry) + b"\n" for entry in done))
 
 
 def read_retrains(root: Path, *, since: float = 0.0) -> list[Retraining]:
     """Read the retrainings, the oldest first."""
-    path = root / FILE
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    lines = (read_document(root, FILE) or b"").split(b"\n")
     return [
         entry
         for entry in (msgspec.json.decode(line, type=Retraining) for line in lines if line)
@@ -53,7 +52,7 @@ def note_asked(root: Path) -> None:
 
     It begins now, however long the retraining takes and whether or not it trains.
     """
-    write_text(root / ASKED, "")
+    write_document(root, ASKED, b"")
 
 
 def is_under_way(root: Path) -> bool:
@@ -66,11 +65,12 @@ def is_under_way(root: Path) -> bool:
             pass
     except CheckoutError:
         return True
-    asked = (root / ASKED).stat().st_mtime if (root / ASKED).exists() else 0.0
+    asked = written_at(root, ASKED) or 0.0
     return time.time() - asked < BEGIN_SECONDS and not any(entry.at > asked for entry in read_retrains(root))
 
 
 def last_start(root: Path) -> float | None:
     """Return when the last training ended or drift last requested one, in seconds since 1970; None: never."""
-    asked = [(root / ASKED).stat().st_mtime] if (root / ASKED).exists() else []
-    return max([*(entry.at for entry in read_retrains(root)), *asked], default=None)
+    asked = written_at(root, ASKED)
+    times = [entry.at for entry in read_retrains(root)] + ([] if asked is None else [asked])
+    return max(times, default=None)

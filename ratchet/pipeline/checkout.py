@@ -12,11 +12,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ratchet.errors import CheckoutError, CommandError
+from ratchet.storage.database import find_database
+from ratchet.storage.leases import TakenError, hold
 
 Say = Callable[[str], None]
 FOREIGN = "dubious ownership"  # part of git's error for another user's checkout
 # The checkout's own settings that apply to the commits of a run; a clone does not inherit them.
 SETTINGS = r"^(user\.(name|email|signingkey)|commit\.gpgsign|gpg\..*)$"
+OF_THE_CHECKOUT = ("up", "land")  # locks of one machine's services, and of pushes into one checkout
 COMMIT_HOOKS = ("pre-commit", "prepare-commit-msg", "commit-msg")
 
 
@@ -123,9 +126,30 @@ def who(root: Path) -> str:
 
 @contextmanager
 def locked(root: Path, name: str, *, wait: bool = True) -> Iterator[None]:
-    """Hold the lock `name` of the checkout: one process and one thread at a time.
+    """Hold the lock `name` of the project: one process and one thread at a time.
 
-    Raises CheckoutError if it is taken and `wait` is False. The system releases the lock of a killed process.
+    With a shared database it is a lease there, except for what concerns this checkout alone. Raises
+    CheckoutError if it is taken and `wait` is False, ServiceError.
+    """
+    database = None if name in OF_THE_CHECKOUT else find_database(root)
+    if database is None:
+        with _locked_file(root, name, wait=wait):
+            yield
+        return
+    try:
+        with hold(database, name, wait=wait):
+            yield
+    except TakenError as taken:
+        raise CheckoutError(
+            f"another `{name}` runs ({taken})",
+            remedy="wait for it; a lease that nobody renews ends by itself",
+        ) from None
+
+
+@contextmanager
+def _locked_file(root: Path, name: str, *, wait: bool) -> Iterator[None]:
+    """Hold a lock of the checkout's files. The system releases the lock of a killed process.
+
     A filesystem without such locks is an error: a lock that is a mere file would outlive its process.
     """
     from filelock import FileLock, Timeout  # importing it takes 0.25 s, which other commands need not spend

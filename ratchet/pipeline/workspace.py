@@ -34,6 +34,7 @@ from ratchet.pipeline.checkout import (
 )
 from ratchet.pipeline.dvc import Workspace, share_cache
 from ratchet.pipeline.upstream import follow, offer, publish, put_on_top
+from ratchet.storage.leases import require_held
 
 WORKSPACES = Path(".ratchet/workspaces")
 LANDING_TRIES = 5
@@ -114,7 +115,8 @@ def land(workspace: Workspace, message: str, paths: list[str], *, tag: str | Non
     """Commit `paths`, push, and return the id of HEAD.
 
     If somebody else pushed first, rebase and push again. A call after a failed push also pushes what the
-    earlier call committed. Raises CheckoutError, CommandError.
+    earlier call committed. Raises CheckoutError, CommandError, and LeaseError when another process has taken
+    over the caller's lock.
     """
     workspace.git("add", "--", *paths)
     if workspace.git("diff", "--cached", "--name-only").strip():
@@ -122,6 +124,7 @@ def land(workspace: Workspace, message: str, paths: list[str], *, tag: str | Non
     before = workspace.git("rev-parse", f"origin/{workspace.branch}").strip()
     if tag or before != workspace.git("rev-parse", "HEAD").strip():
         with locked(workspace.root, "land"):
+            require_held()
             _push(workspace, tag)
             _bring_data(workspace, before)
     return workspace.git("rev-parse", "HEAD").strip()

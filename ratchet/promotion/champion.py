@@ -11,8 +11,10 @@ from pathlib import Path
 import msgspec
 
 from ratchet.errors import CheckoutError, CommandError
-from ratchet.files import write_json
+from ratchet.files import to_json, write_json
 from ratchet.pipeline.checkout import git
+from ratchet.storage.database import find_database
+from ratchet.storage.documents import read_document, write_document
 
 FILE = "champion.json"
 
@@ -92,7 +94,28 @@ def read_champion(root: Path) -> Champion | None:
     path = root / FILE
     if not path.exists():
         return None
-    return _decode(path.read_bytes(), str(path))
+    return decode_champion(path.read_bytes(), str(path))
+
+
+def publish_champion(root: Path, champion: Champion) -> None:
+    """Tell the gateways that share a database who is in charge; without one they read the file.
+
+    Raises ServiceError, LeaseError.
+    """
+    if find_database(root) is not None:
+        write_document(root, Path(FILE), to_json(msgspec.to_builtins(champion)))
+
+
+def publish_newer(root: Path) -> None:
+    """Publish this checkout's champion.json if it is newer than what the gateways know.
+
+    It is after a promotion during which the database was down. Raises CheckoutError, ServiceError.
+    """
+    if find_database(root) is None or (champion := read_champion(root)) is None:
+        return
+    known = read_document(root, Path(FILE))
+    if known is None or decode_champion(known, f"the shared {FILE}").at < champion.at:
+        publish_champion(root, champion)
 
 
 def write_champion(root: Path, champion: Champion) -> None:
@@ -118,10 +141,13 @@ def _entries(root: Path) -> Iterator[tuple[str, Champion]]:
     except CommandError:
         return
     for commit in commits:
-        yield commit, _decode(git(root, "show", f"{commit}:{FILE}").encode(), f"{FILE} at {commit[:8]}")
+        yield (
+            commit,
+            decode_champion(git(root, "show", f"{commit}:{FILE}").encode(), f"{FILE} at {commit[:8]}"),
+        )
 
 
-def _decode(raw: bytes, where: str) -> Champion:
+def decode_champion(raw: bytes, where: str) -> Champion:
     try:
         return msgspec.json.decode(raw, type=Champion)
     except msgspec.DecodeError as error:

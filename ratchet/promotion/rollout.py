@@ -1,9 +1,10 @@
-"""Keep the open rollout in a file, `.ratchet/rollout.json`: which users get which version, and at which step.
+"""Keep the open rollout in the document `.ratchet/rollout.json`: which users get which version, at which
+step.
 
-Ended rollouts are lines of `.ratchet/rollouts.jsonl`. The flow `rollout` writes the file, the gateway reads
-it, and MLflow's tags follow, so a rollout can be paused or aborted while MLflow is down. A look reads the
-state once and decides on it. Each write first compares with the file again, under the lock `promote`, so
-repeating it changes nothing.
+Ended rollouts are lines of `.ratchet/rollouts.jsonl`. Both are files, or rows of the shared database
+(`ratchet/storage`). The flow `rollout` writes them, the gateways read them, and MLflow's tags follow, so a
+rollout can be paused or aborted while MLflow is down. A look reads the state once and decides on it. Each
+write first compares with the document again, under the lock `promote`, so repeating it changes nothing.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ import xxhash
 
 from ratchet.config.params import Config
 from ratchet.errors import BusyError, CheckoutError, UserError
-from ratchet.files import write_bytes, write_json
+from ratchet.files import to_json
 from ratchet.pipeline.checkout import locked
 from ratchet.promotion.champion import Champion
 from ratchet.promotion.gate_tags import check_gate
+from ratchet.storage.documents import read_document, remove_document, write_document
 from ratchet.tracking.registry import Version
 
 FILE, ENDED = Path(".ratchet/rollout.json"), Path(".ratchet/rollouts.jsonl")
@@ -123,10 +125,13 @@ def read_state(root: Path) -> RolloutState:
 
 def read_rollout(root: Path) -> Rollout | None:
     """Read the open or paused rollout. Raises CheckoutError for a malformed file."""
+    return decode_rollout(root, read_document(root, FILE))
+
+
+def decode_rollout(root: Path, content: bytes | None) -> Rollout | None:
+    """Decode the document; None: there is no rollout. Raises CheckoutError for a malformed one."""
     try:
-        return msgspec.json.decode((root / FILE).read_bytes(), type=Rollout)
-    except FileNotFoundError:
-        return None
+        return None if content is None else msgspec.json.decode(content, type=Rollout)
     except msgspec.DecodeError as error:
         raise CheckoutError(
             f"{FILE} is no rollout: {error}",
@@ -135,7 +140,7 @@ def read_rollout(root: Path) -> Rollout | None:
 
 
 def write_rollout(root: Path, rollout: Rollout) -> None:
-    write_json(root / FILE, msgspec.to_builtins(rollout))
+    write_document(root, FILE, to_json(msgspec.to_builtins(rollout)))
 
 
 def end_rollout(root: Path, rollout: Rollout) -> None:
@@ -144,18 +149,14 @@ def end_rollout(root: Path, rollout: Rollout) -> None:
     In this order a crash in between loses nothing, and repeating the call adds nothing.
     """
     past = [entry for entry in read_ended(root) if entry.id != rollout.id]
-    write_bytes(root / ENDED, (msgspec.json.encode(entry) + b"\n" for entry in [*past, rollout]))
-    (root / FILE).unlink(missing_ok=True)
+    write_document(root, ENDED, b"".join(msgspec.json.encode(entry) + b"\n" for entry in [*past, rollout]))
+    remove_document(root, FILE)
 
 
 def read_ended(root: Path) -> list[Rollout]:
     """Read the rollouts that ended, the oldest first."""
-    path = root / ENDED
-    return (
-        [msgspec.json.decode(line, type=Rollout) for line in path.read_bytes().split(b"\n") if line]
-        if path.exists()
-        else []
-    )
+    content = read_document(root, ENDED) or b""
+    return [msgspec.json.decode(line, type=Rollout) for line in content.split(b"\n") if line]
 
 
 def position(salt: str, unit: str) -> float:

@@ -1,4 +1,5 @@
-"""The queue of rows that wait for a person's decision, and the decisions, in `.ratchet/review.db`.
+"""The queue of rows that wait for a person's decision, and the decisions, in `.ratchet/review.db` or the
+shared database.
 
 A draft is a set of rows that arrived together. People review every row with a doubt and a sample of the
 others. The share of rejects in that sample decides whether the whole draft is good enough to learn from
@@ -55,17 +56,16 @@ class ReviewQueue:
         The sample is `share` of the items without doubts, chosen by the hash of their ids, and at least one
         item per draft unless the share is 0.
         """
-        from sqlalchemy.dialects.sqlite import insert
-
         table = self._store.items
         rows = [_item_row(item, share) for item in items]
         if not rows:
             return 0
         with self._store.transaction() as connection:
-            added = connection.execute(insert(table).on_conflict_do_nothing(), rows).rowcount
+            new = self._store.insert(table).on_conflict_do_nothing().returning(table.c.place)
+            added = len(connection.execute(new, rows).all())
             for draft in {str(row["draft"]) for row in rows} if share > 0 else ():
                 _ensure_sample(connection, table, draft)
-        return int(added)
+        return added
 
     def decide(self, decision: Decision) -> None:
         """Store a decision, which replaces an earlier one; the history keeps both.
@@ -94,14 +94,12 @@ class ReviewQueue:
             raise UserError(faults[0])
         if faults:
             raise UserError(f"{len(faults)} faults, nothing was decided:\n  " + "\n  ".join(faults))
-        from sqlalchemy.dialects.sqlite import insert
-
         table, history = self._store.decisions, self._store.history
         with self._store.transaction() as connection:
             for decision in checked:
                 row = _decision_row(decision)
                 connection.execute(
-                    insert(table)
+                    self._store.insert(table)
                     .values(row)
                     .on_conflict_do_update(index_elements=["draft", "item"], set_=row)
                 )
@@ -130,8 +128,6 @@ class ReviewQueue:
 
         `content` is the hash of the rows that became the batch; the default is that of the current decisions.
         """
-        from sqlalchemy.dialects.sqlite import insert
-
         row = {
             "draft": draft,
             "batch": batch,
@@ -140,7 +136,7 @@ class ReviewQueue:
         }
         with self._store.transaction() as connection:
             connection.execute(
-                insert(self._store.taken)
+                self._store.insert(self._store.taken)
                 .values(row)
                 .on_conflict_do_update(index_elements=["draft"], set_=row)
             )

@@ -113,7 +113,7 @@ def check_decision(decision: Decision, entry: Entry | None) -> Decision:
     named = f"row {item.id[:12]} of {item.draft}"
     if decision.verdict not in VERDICTS:
         raise UserError(f"{named}: the verdict is {decision.verdict!r}; wanted: {', '.join(VERDICTS)}")
-    why = decision.why.encode("utf-8", "replace").decode()
+    why = decision.why.replace("\0", "\ufffd").encode("utf-8", "replace").decode()
     kept = msgspec.structs.replace(
         decision, by=check_name(decision.by), at=decision.at or now(), why=why, messages=()
     )

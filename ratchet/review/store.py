@@ -1,4 +1,6 @@
-"""The database `.ratchet/review.db`: its tables, and transactions that raise our own errors."""
+"""The review's tables, in `.ratchet/review.db` or the shared database, and transactions that raise our own
+errors.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ratchet.errors import ServiceError
+from ratchet.storage.database import find_database, make_tables, shown
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine, Table
@@ -23,10 +26,12 @@ class Store:
     """
 
     def __init__(self, root: Path) -> None:
-        path = root / FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch(mode=0o600)  # people's rows; SQLite gives its other files the same mode
-        self._engine, tables = _make_engine(path), _make_tables()
+        """Open the database. Raises ConfigError for a malformed `storage.url`."""
+        self._shared = find_database(root)
+        if self._shared:
+            self._engine, self._name, tables = self._shared.engine, shown(self._shared.url), shared_tables()
+        else:
+            self._engine, self._name, tables = make_engine(root / FILE), str(FILE), file_tables()
         self.items, self.decisions, self.history, self.taken = (
             tables[name] for name in ("items", "decisions", "history", "taken")
         )
@@ -45,7 +50,8 @@ class Store:
         except SQLAlchemyError as error:
             cause = (str(getattr(error, "orig", None) or error).splitlines() or [type(error).__name__])[0]
             raise ServiceError(
-                f"{FILE} cannot be used: {cause}", remedy="check the file and the room on the disk"
+                f"{self._name} cannot be used: {cause}",
+                remedy="start the database" if self._shared else "check the file and the room on the disk",
             ) from error
 
     def _make_tables(self) -> None:
@@ -55,18 +61,33 @@ class Store:
         """
         from sqlalchemy.schema import CreateTable
 
+        if self._shared:
+            with self._shared.transaction() as connection:  # it also checks whose database it is
+                make_tables(connection, {"items": self.items})
+            self._ready = True
+            return
         with self._engine.begin() as connection:
             for table in self.items.metadata.sorted_tables:
                 connection.execute(CreateTable(table, if_not_exists=True))
         self._ready = True
 
+    def insert(self, table: Table) -> Any:
+        """Begin an INSERT with this database's ON CONFLICT."""
+        from sqlalchemy.dialects import postgresql, sqlite
+
+        return postgresql.insert(table) if self._shared else sqlite.insert(table)
+
     def close(self) -> None:
-        self._engine.dispose()
+        if not self._shared:  # other parts of this process use the shared one
+            self._engine.dispose()
 
 
-def _make_engine(path: Path) -> Engine:
+def make_engine(path: Path) -> Engine:
+    """Make an engine on a SQLite file, which is made if there is none."""
     from sqlalchemy import create_engine, event
 
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch(mode=0o600)  # people's rows; SQLite gives its other files the same mode
     engine = create_engine(f"sqlite:///{path}")
 
     @event.listens_for(engine, "connect")
@@ -82,7 +103,17 @@ def _make_engine(path: Path) -> Engine:
     return engine
 
 
-def _make_tables() -> dict[str, Table]:
+def file_tables() -> dict[str, Table]:
+    """Return the tables as the file names them."""
+    return _make_tables()
+
+
+def shared_tables() -> dict[str, Table]:
+    """Return the tables as the shared database names them."""
+    return _make_tables("review_")
+
+
+def _make_tables(prefix: str = "") -> dict[str, Table]:
     from sqlalchemy import Column, Integer, MetaData, String, Table, Text, UniqueConstraint
 
     metadata = MetaData()
@@ -100,16 +131,18 @@ def _make_tables() -> dict[str, Table]:
         Column("body", Text),
     ]
     tables = [
-        Table("items", metadata, *place, Column("id", String), *flags, UniqueConstraint("draft", "id")),
         Table(
-            "decisions",
+            f"{prefix}items", metadata, *place, Column("id", String), *flags, UniqueConstraint("draft", "id")
+        ),
+        Table(
+            f"{prefix}decisions",
             metadata,
             Column("draft", String, primary_key=True),
             Column("item", String, primary_key=True),
             *said(),
         ),
         Table(
-            "history",
+            f"{prefix}history",
             metadata,
             Column("place", Integer, primary_key=True),
             Column("draft", String),
@@ -117,10 +150,10 @@ def _make_tables() -> dict[str, Table]:
             *said(),
         ),
         Table(
-            "taken",
+            f"{prefix}taken",
             metadata,
             Column("draft", String, primary_key=True),
             *(Column(name, String) for name in ("batch", "content", "at")),
         ),
     ]
-    return {table.name: table for table in tables}
+    return {table.name.removeprefix(prefix): table for table in tables}

@@ -23,10 +23,15 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from ratchet.errors import RatchetError
+from ratchet.monitoring.retrain_budget import FILE as RETRAINS
 from ratchet.pipeline.checkout import FOREIGN, git, trust
+from ratchet.promotion.rollout import ENDED
+from ratchet.promotion.rollout import FILE as ROLLOUT
+from ratchet.review.store import FILE as REVIEW
 from ratchet.services.environment import ADDRESSES
 from ratchet.services.processes import find_port_fault
 from ratchet.services.supervisor import Service, list_services
+from ratchet.storage.database import find_database, shown
 
 if TYPE_CHECKING:
     from ratchet.config.params import Config
@@ -77,7 +82,7 @@ def examine(root: Path | None, config: Config | None) -> list[Finding]:
         *check_git(root),
     ]
     if root is not None:
-        findings += [check_dvc(root), check_disk(root)]
+        findings += [check_dvc(root), check_disk(root), *check_storage(root)]
     if root is not None and config is not None:
         findings += check_ports(root, config)
     return [
@@ -232,6 +237,29 @@ def check_dvc(root: Path) -> Finding:
     address = remotes.get(f"'remote \"{name}\"'", "url", fallback="")
     kind = address.partition("://")[0] if "://" in address else "a folder"
     return Finding("dvc", True, f"remote `{name}` ({kind})")
+
+
+def check_storage(root: Path) -> list[Finding]:
+    """Check that the shared database answers, and that no state was left in files when it was named."""
+    try:
+        if (database := find_database(root)) is None:
+            return []
+        with database.transaction():
+            pass
+    except RatchetError as error:
+        return [Finding("shared storage", False, str(error).splitlines()[0], error.remedy)]
+    left = [name.as_posix() for name in (ROLLOUT, ENDED, RETRAINS, REVIEW) if (root / name).exists()]
+    if left:
+        return [
+            Finding(
+                "shared storage",
+                None,
+                f"{shown(database.url)} is in charge, and {', '.join(left)} lie(s) here unread",
+                "to take them along, set storage.url to '' and run `ratchet storage move --to URL` with an "
+                "empty database; else remove them",
+            )
+        ]
+    return [Finding("shared storage", True, f"{shown(database.url)} answers")]
 
 
 def check_disk(root: Path) -> Finding:

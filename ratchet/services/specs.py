@@ -114,8 +114,9 @@ def _plan_deployments(root: Path, config: Config) -> Plan:
         "RATCHET_ROOT": str(root),
     }
     settings = (
-        f"project.name: {config.project.name}, services.prefect_port: {port}, retrain.cron: {config.retrain.cron}, monitor.cron: "
-        f"{config.monitor.cron}"
+        f"project.name: {config.project.name}, storage.url: {config.storage.url}, "
+        f"services.prefect_port: {port}, retrain.cron: {config.retrain.cron}, "
+        f"monitor.cron: {config.monitor.cron}"
     )
     return Plan(
         "deployments",
@@ -143,7 +144,7 @@ def _plan_gateway(root: Path, config: Config) -> Plan:
     }
     settings = (
         f"gateway: {gateway.model_dump(mode='json')}, request_log: "
-        f"{config.request_log.model_dump(mode='json')}"
+        f"{config.request_log.model_dump(mode='json')}, storage.url: {config.storage.url}"
     )
     asked = {"0.0.0.0": HOST, "::": "::1", "localhost": HOST}  # noqa: S104 (asked, not listened on)
     host = asked.get(gateway.host, gateway.host)

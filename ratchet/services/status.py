@@ -12,6 +12,7 @@ import msgspec
 
 from ratchet.config.params import Config
 from ratchet.data.batches import Reverted, read_manifest
+from ratchet.errors import ServiceError
 from ratchet.files import read_json
 from ratchet.monitoring.verdicts import Recorded, last_verdict
 from ratchet.pipeline.workspace import failed_workspaces
@@ -70,6 +71,7 @@ class Status(msgspec.Struct, frozen=True):
     drift: Recorded | None  # the monitor's last verdict
     services: dict[str, Answering]
     left: list[str]  # workspaces of runs that failed
+    fault: str = ""  # why the shared storage, and so the rollout, cannot be read
 
     def to_json(self) -> dict[str, object]:
         rollout = self.rollout.to_json() if self.rollout else None
@@ -78,7 +80,8 @@ class Status(msgspec.Struct, frozen=True):
 
 def see_status(root: Path, config: Config) -> Status:
     """Read the status. Raises CheckoutError for a broken champion.json."""
-    champion, rollout = read_champion(root), read_rollout(root)
+    champion = read_champion(root)
+    rollout, fault = _read_rollout(root)
     seen = set(champion.batches) if champion else set()
     batches = read_manifest(root / "data/raw")
     new = [Batch(batch.name, batch.rows) for batch in batches if batch.name not in seen]
@@ -98,7 +101,16 @@ def see_status(root: Path, config: Config) -> Status:
         drift=last_verdict(root),
         services={one.name: _answering(one) for one in list_services(root, config)},
         left=sorted(path.name for path in failed_workspaces(root)),
+        fault=fault,
     )
+
+
+def _read_rollout(root: Path) -> tuple[Rollout | None, str]:
+    """Return the open rollout, or why it cannot be read: the rest of the status needs no database."""
+    try:
+        return read_rollout(root), ""
+    except ServiceError as error:
+        return None, str(error).splitlines()[0]
 
 
 def describe(found: Status) -> list[str]:
@@ -119,6 +131,8 @@ def describe(found: Status) -> list[str]:
         lines.append(f"data       {data.rows} rows in {data.batches} batches; {since}")
     else:
         lines.append("data       no batch in this checkout yet: ratchet ingest --path FILE")
+    if found.fault:
+        lines.append(f"rollout    unknown: {found.fault}")
     if found.rollout:
         lines += _headed("rollout", rollout_lines(found.rollout))
     refused = found.serving.refused if found.serving else {}

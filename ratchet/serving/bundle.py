@@ -9,24 +9,29 @@ from __future__ import annotations
 import re
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 from ruamel.yaml import YAML
 
-from ratchet.errors import BaseModelError, CheckoutError, RatchetError
-from ratchet.files import read_json, whole_folder, write_json
+from ratchet.errors import BaseModelError, CheckoutError, CommandError, RatchetError, ServiceError
+from ratchet.files import read_json, to_json, whole_folder, write_bytes, write_json
 from ratchet.models.loading import adapter_sha256
 from ratchet.models.manifests import MANIFEST, read_base_manifest, read_trained_manifest
 from ratchet.pipeline.checkout import git
 from ratchet.pipeline.workspace import require_output
+from ratchet.storage.database import find_database
+from ratchet.storage.documents import list_documents, remove_document, write_document
 
 if TYPE_CHECKING:
     from ratchet.config.params import Config
 
 SERVING = Path(".ratchet/serving")
 STATE = SERVING / "state.json"
+GATEWAYS = SERVING / "gateways"  # in the shared database
+SAY_SECONDS, SILENT_SECONDS = 30.0, 120.0  # how often a gateway says how it is; after which it is gone
 CARD = "serving.json"
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 OLD_LENGTH = 128  # tokens: the default of older releases, whose versions do not record their longest row
@@ -89,6 +94,7 @@ def make_bundle(root: Path, *, name: str, version: int, commit: str, adapter_sha
     """
     folder = root / SERVING / f"v{version}-{adapter_sha256[:12]}"
     if not _is_whole(root, folder):
+        _fetch_commit(root, commit)
         base = _fetch_base(root, commit)
         with whole_folder(folder) as filling:
             require_output(root, commit, "models/candidate", filling / "adapter")
@@ -150,8 +156,33 @@ def read_state(root: Path) -> ServingState | None:
     return msgspec.json.decode(path.read_bytes(), type=ServingState) if path.exists() else None
 
 
-def write_state(root: Path, state: ServingState) -> None:
-    write_json(root / STATE, msgspec.to_builtins(state))
+def read_states(root: Path) -> list[ServingState]:
+    """Return what the gateways wrote about themselves: this checkout's, or all that share its database."""
+    if find_database(root) is None:
+        return [state for state in [read_state(root)] if state]
+    since = time.time() - SILENT_SECONDS
+    states = [
+        msgspec.json.decode(content, type=ServingState) for content in list_documents(root, GATEWAYS).values()
+    ]
+    return [state for state in states if state.at >= since]
+
+
+def write_state(root: Path, state: ServingState, gateway: str = "") -> None:
+    """Write what a gateway says about itself; `gateway` is its name in the shared database.
+
+    Raises ServiceError.
+    """
+    content = to_json(msgspec.to_builtins(state))
+    write_bytes(root / STATE, [content])
+    if gateway and find_database(root) is not None:
+        write_document(root, GATEWAYS / f"{gateway}.json", content)
+
+
+def drop_state(root: Path, gateway: str) -> None:
+    """Tell those who share the database that a gateway ended; while that is down it goes by the clock."""
+    with suppress(ServiceError):
+        if find_database(root) is not None:
+            remove_document(root, GATEWAYS / f"{gateway}.json")
 
 
 def base_hash(root: Path, commit: str) -> str | None:
@@ -183,6 +214,15 @@ def _read_bundle(root: Path, folder: Path, name: str, version: int) -> Bundle:
     base = root / SERVING / "bases" / card.base
     length = read_base_manifest(base).context or card.max_length
     return Bundle(name, version, folder / "adapter", base, length, Generation(card.max_new_tokens))
+
+
+def _fetch_commit(root: Path, commit: str) -> None:
+    """Fetch from the clone's origin if the commit is not here yet, as where another machine promotes."""
+    try:
+        git(root, "cat-file", "-e", f"{commit}^{{commit}}")
+    except CommandError:
+        with suppress(CommandError):  # reading the commit says what is missing
+            git(root, "fetch", "--quiet", "origin")
 
 
 def _fetch_base(root: Path, commit: str) -> Path:

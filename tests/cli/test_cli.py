@@ -47,6 +47,7 @@ COMMANDS = tuple(
         "monitor",
         "rollout",
         "keys",
+        "storage",
         "data",
         "review",
         "gate",
@@ -64,6 +65,7 @@ COMMANDS = tuple(
 GROUPS = {
     "rollout": ("look", "status", "pause", "resume", "abort"),
     "keys": ("add", "list", "revoke"),
+    "storage": ("status", "move"),
     "data": ("check", "rejected", "resubmit", "show", "erase"),
     "gate": ("plan", "explain"),
     "federate": (

@@ -11,10 +11,11 @@ import torch
 from places import commit, make_repository, write_files
 from safetensors.torch import save_file
 
-from ratchet.errors import BaseModelError, CheckoutError
+from ratchet.errors import BaseModelError, CheckoutError, CommandError
 from ratchet.files import write_json
 from ratchet.models.loading import WEIGHTS, adapter_sha256
 from ratchet.pipeline.checkout import dvc, git
+from ratchet.pipeline.dvc import share_cache
 from ratchet.serving.bundle import SERVING, Bundle, check_adapter, forget_bundles, make_bundle
 
 PIPELINE = """
@@ -106,6 +107,19 @@ def test_an_adapter_with_other_bytes_than_the_ledgers_leaves_nothing_behind(made
 def test_a_bundle_that_lost_its_base_is_fetched_again(made: Made) -> None:
     shutil.rmtree(made.root / SERVING / "bases")
     assert (made.bundle(1).base / "manifest.json").exists()
+
+
+def test_a_clone_that_is_behind_fetches_the_commit_of_a_new_version(made: Made, tmp_path: Path) -> None:
+    git(made.root, "branch", "old", made.commits[1])
+    clone, url = tmp_path / "clone", f"file://{made.root}"
+    git(tmp_path, "clone", "--quiet", "--single-branch", "--branch", "old", url, str(clone))
+    git(clone, "remote", "set-branches", "origin", "*")
+    share_cache(made.root, clone)
+    origin, made.root = made.root, clone
+    with pytest.raises(CommandError):
+        git(clone, "cat-file", "-e", made.commits[2])
+    assert adapter_sha256(made.bundle(2).adapter) == made.hashes[2]
+    assert git(clone, "rev-parse", "HEAD").strip() == made.commits[1] != git(origin, "rev-parse", "HEAD")
 
 
 @pytest.mark.parametrize(

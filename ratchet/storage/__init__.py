@@ -1,0 +1,1 @@
+"""Keep the project's small state where every process sees it: in files, or in a shared PostgreSQL."""
