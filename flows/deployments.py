@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from flows.events import COMMITTED, DRIFTED, resource_of
 from flows.rollout_watcher import Watcher
 from ratchet.config.params import Config, load_config
-from ratchet.errors import ConfigError, RatchetError, UserError
+from ratchet.errors import ConfigError, RatchetError, ServiceError, UserError
 from ratchet.pipeline.stage import project_root
 from ratchet.services.environment import service_environment
 
@@ -224,6 +224,49 @@ def describe_synthesize(root: Path, config: Config) -> RunnerDeployment:
         "wait in the review queue. "
         "The teacher's key comes from the environment of `ratchet up`, never from a parameter.",
     )
+
+
+def request_retraining(config: Config, reason: str) -> str:
+    """Ask the served deployment of this project for a retraining, and return the run's address.
+
+    It takes in the commits of its checkout's git remote first, and pushes at the end. Raises UserError: no
+    deployment of this project is served; ServiceError: Prefect does not answer.
+    """
+    import httpx
+
+    try:
+        return _request_retraining(config, reason)
+    except (httpx.HTTPError, RuntimeError) as error:  # Prefect's own error for an address that is silent
+        raise ServiceError(
+            f"Prefect does not answer at {os.environ.get('PREFECT_API_URL')}: {error}",
+            remedy="PREFECT_API_URL ends with /api; PREFECT_API_AUTH_STRING holds USER:PASSWORD",
+        ) from None
+
+
+def _request_retraining(config: Config, reason: str) -> str:
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import (
+        DeploymentFilter,
+        DeploymentFilterTags,
+        FlowFilter,
+        FlowFilterName,
+    )
+    from prefect.utilities.urls import url_for
+
+    with get_client(sync_client=True) as client:
+        found = client.read_deployments(
+            flow_filter=FlowFilter(name=FlowFilterName(any_=["retrain"])),
+            deployment_filter=DeploymentFilter(
+                tags=DeploymentFilterTags(all_=["ratchet", config.project.name])
+            ),
+        )
+        if not found:
+            raise UserError(
+                f"Prefect serves no retraining of the project {config.project.name!r}",
+                remedy="`ratchet up` on the machine that trains, and PREFECT_API_URL of its Prefect here",
+            )
+        run = client.create_flow_run_from_deployment(found[0].id, parameters={"reason": reason, "sync": True})
+        return url_for("flow-run", obj_id=run.id) or str(run.id)
 
 
 def end_lost_runs(names: list[str]) -> None:
