@@ -52,7 +52,7 @@ scan: $(VENV)/.dev
 
 # The pages of docs/ as a site, in site/. Links are checked; a broken one fails.
 docs: $(VENV)/.core $(VENV)-docs/.made
-	$(BIN)/python -m ratchet.cli.reference .ratchet/docs/cli.md
+	$(BIN)/python docs/reference.py .ratchet/docs/cli.md
 	$(VENV)-docs/bin/mkdocs build --strict --quiet --site-dir site
 	@echo "site/index.html: $$(find site -name '*.html' | wc -l) pages"
 
