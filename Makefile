@@ -53,7 +53,7 @@ scan: $(VENV)/.dev
 # The pages of docs/ as a site, in site/. Links are checked; a broken one fails.
 docs: $(VENV)/.core $(VENV)-docs/.made
 	$(BIN)/python docs/reference.py .ratchet/docs/cli.md
-	$(VENV)-docs/bin/mkdocs build --strict --quiet --site-dir site
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict --quiet --site-dir site
 	@echo "site/index.html: $$(find site -name '*.html' | wc -l) pages"
 
 # The figures of docs/benchmarks.md. The loop's own are measured on a demo that ran:

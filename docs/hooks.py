@@ -1,7 +1,7 @@
-"""Make one site of the pages in docs/ and of those that stand elsewhere: README.md, CONTRIBUTING.md, the command.
+"""Make one site of the pages in docs/ and of those that stand elsewhere, such as README.md.
 
-MkDocs calls these functions. A link to a file of the repository that is no page becomes the file's name, because
-the site does not know where the repository is.
+MkDocs calls these functions. A link to a file of the repository that is no page becomes the file's name,
+because the site does not know where the repository is.
 """
 
 from __future__ import annotations

@@ -22,9 +22,9 @@ def main(out: Path) -> None:
 
 def describe() -> Iterator[str]:
     yield "# The command\n"
-    yield "Written from the code by `make docs`. Before any command: `-C PATH` works in the checkout at PATH, as git does;"
-    yield "`--debug` shows tracebacks. Exit codes: 0; 1: our fault, or the machine's; 2: yours, and the message says what to"
-    yield "change; 3: the rows of `ratchet data check` would fail; 130: interrupted; 143: stopped.\n"
+    yield "Written from the code by `make docs`. Before any command, `-C PATH` works in the checkout at PATH,"
+    yield "as git does, and `--debug` shows tracebacks. What an exit code means: "
+    yield "[operations.md](operations.md#exit-codes).\n"
     for words, command in commands(get_command(app), ["ratchet"]):
         yield f"## {' '.join(words)}\n"
         yield f"{tidy(command.help or '')}\n"

@@ -2,8 +2,8 @@
 
     .venv/bin/python docs/images/take.py .ratchet/demo
 
-Its services have to run still. In MLflow's page it sets the tags by which a person puts the newest version in charge,
-and waits until they took effect, so the demo's champion changes. The name of git's user is shown as Ana.
+Its services have to run still. In MLflow's page it sets the tags by which a person puts the newest version in
+charge, and waits until they took effect, so the demo's champion changes. Git's user is shown as Ana.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""retrain.yml run whole by `act`, on this machine: a data commit, a retraining, commits and a tag on the origin.
+"""retrain.yml run whole by `act`, on this machine: from a data commit to commits and a tag on the origin.
 
-The origin is a bare repository of the test's own. GitHub's actions and `gh` are stand-ins (tests/flows/workflow);
-installing, retraining, pushing, MLflow and Prefect are real.
+The origin is a bare repository of the test's own. GitHub's actions and `gh` are stand-ins (the folder
+workflow); installing, retraining, pushing, MLflow and Prefect are real.
 """
 
 from __future__ import annotations
@@ -130,7 +130,6 @@ def _flags(place: Place, event: Path, secrets: Path, mode: str) -> Iterator[str]
         "KEPT": place.kept,
         "OUTER": Path(sys.prefix),
         "TORCH_INDEX": "",
-        "RATCHET_TEST": "1",
     }
     yield from (part for name, value in given.items() for part in ("--env", f"{name}={value}"))
     yield from ("--var", f"RATCHET_RETRAIN={mode}") if mode else ()
