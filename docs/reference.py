@@ -60,9 +60,9 @@ def row_of(parameter: Any) -> str:
 
 def tidy(text: str) -> str:
     """Return the text in one line, with the example as code and no open markup."""
-    words = " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
-    before, example, command = words.partition("Example: ")
-    return f"{before.strip()}<br>Example: `{command}`" if example else words
+    before, example, command = " ".join(text.split()).replace("|", "\\|").partition("Example: ")
+    told = before.strip().replace("<", "&lt;").replace("*", "\\*")
+    return f"{told}<br>Example: `{command}`" if example else told
 
 
 if __name__ == "__main__":
