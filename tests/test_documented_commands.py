@@ -149,7 +149,12 @@ def is_started(name: str) -> bool:
     if first == "make":
         return any(re.search(rf"\bmake [^\n]*\b{words[0]}\b", text) for text in sources())
     typed = re.compile(rf"\bratchet (?:-C \S+ )?{' '.join(words)}\b")
-    return any(all(f'"{word}"' in text for word in words) or typed.search(text) for text in sources())
+    call = r"\b(?:ratchet|in_process|refused|command|invoke)\((?:[^()]|\([^()]*\)){0,200}"
+    called = re.compile(rf'{call}"{words[-1]}"')
+    return any(
+        typed.search(text) or (called.search(text) and all(f'"{word}"' in text for word in words))
+        for text in sources()
+    )
 
 
 def test_every_documented_command_of_ours_is_started_by_a_test_or_marked_why_not():
