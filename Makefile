@@ -12,7 +12,7 @@ TORCH_FLAGS := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
 # Prefect again: to import `flows.retrain` takes 8.2 s of CPU, not 3.3; `tasks.evaluate` 12, not 5.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo demo-federated demo-multimodal demo-real federated privacy install test test-e2e test-browser test-docker lint bench lock clean-demo
+.PHONY: demo demo-federated demo-multimodal demo-real federated privacy install test test-e2e test-browser test-docker lint scan docs bench lock clean-demo
 demo: $(VENV)/.core
 	$(BIN)/ratchet demo
 
@@ -49,6 +49,16 @@ test-docker: $(VENV)/.dev
 
 lint: $(VENV)/.dev
 	bash .ci/lint
+
+# Once a week on GitHub: known faults in the locked packages, secrets in the files.
+scan: $(VENV)/.dev
+	bash .ci/scan
+
+# The pages of docs/ as a site, in site/. Links are checked; a broken one fails.
+docs: $(VENV)/.core $(VENV)-docs/.made
+	$(BIN)/python docs/reference.py .ratchet/docs/cli.md
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict --quiet --site-dir site
+	@echo "site/index.html: $$(find site -name '*.html' | wc -l) pages"
 
 # The figures of docs/benchmarks.md. The loop's own are measured on a demo that ran:
 # make demo && .venv/bin/python -m benchmarks.loop
@@ -102,6 +112,12 @@ $(VENV)-federated/.made: requirements/py$(MINOR)-federated.txt | $(VENV)/bin/uv
 	$(PYTHON) -m venv $(VENV)-federated
 	$(BIN)/uv pip install --python $(VENV)-federated/bin/python --quiet --no-deps --require-hashes -r $<
 	$(BIN)/uv pip check --python $(VENV)-federated/bin/python --quiet
+	@touch $@
+
+$(VENV)-docs/.made: requirements/py$(MINOR)-docs.txt | $(VENV)/bin/uv
+	$(PYTHON) -m venv $(VENV)-docs
+	$(BIN)/uv pip install --python $(VENV)-docs/bin/python --quiet --no-deps --require-hashes -r $<
+	$(BIN)/uv pip check --python $(VENV)-docs/bin/python --quiet
 	@touch $@
 
 $(VENV)/.dev: requirements/py$(MINOR)-dev.txt $(VENV)/.core

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from flows.events import COMMITTED, DRIFTED, resource_of
 from flows.rollout_watcher import Watcher
 from ratchet.config.params import Config, load_config
-from ratchet.errors import ConfigError, RatchetError, UserError
+from ratchet.errors import ConfigError, RatchetError, ServiceError, UserError
 from ratchet.pipeline.stage import project_root
 from ratchet.services.environment import service_environment
 
@@ -240,6 +240,40 @@ def describe_synthesize(root: Path, config: Config) -> RunnerDeployment:
         "wait in the review queue. "
         "The teacher's key comes from the environment of `ratchet up`, never from a parameter.",
     )
+
+
+def request_retraining(config: Config, reason: str) -> str:
+    """Ask the served deployment of this project for a retraining, and return the run's address.
+
+    It takes in the commits of its checkout's git remote first, and pushes at the end. Raises UserError: no
+    deployment of this project is served; ServiceError: Prefect does not answer.
+    """
+    import httpx
+
+    try:
+        return _request_retraining(config, reason)
+    except (httpx.HTTPError, RuntimeError) as error:  # Prefect's own error for an address that is silent
+        raise ServiceError(
+            f"Prefect does not answer at {os.environ.get('PREFECT_API_URL')}: {error}",
+            remedy="PREFECT_API_URL ends with /api; PREFECT_API_AUTH_STRING holds USER:PASSWORD",
+        ) from None
+
+
+def _request_retraining(config: Config, reason: str) -> str:
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import ObjectNotFound
+    from prefect.utilities.urls import url_for
+
+    with get_client(sync_client=True) as client:
+        try:
+            found = client.read_deployment_by_name(f"retrain/{config.project.name}")
+        except ObjectNotFound:
+            raise UserError(
+                f"Prefect serves no retraining of the project {config.project.name!r}",
+                remedy="`ratchet up` on the machine that trains, and PREFECT_API_URL of its Prefect here",
+            ) from None
+        run = client.create_flow_run_from_deployment(found.id, parameters={"reason": reason, "sync": True})
+        return url_for("flow-run", obj_id=run.id) or str(run.id)
 
 
 def end_lost_runs(project: str) -> None:

@@ -26,6 +26,7 @@ from flows.execution import Execution
 from flows.ingest import ingest
 from flows.retries import can_pass
 from flows.review_queue import queue_doubtful
+from flows.upstream import give_back, take_in
 from ratchet.config.monitoring import TopicSource
 from ratchet.config.params import Config, load_config
 from ratchet.errors import CheckoutError, DataError, RatchetError
@@ -84,16 +85,20 @@ def retrain(
     reason: str = "by hand",
     force: bool = False,
     topics: list[dict[str, Any]] | None = None,
+    sync: bool = False,
 ) -> Retrained:
     """Run the stale stages, then promote the candidate, start its rollout, or keep the champion.
 
     `force` compares with today's champion even when nothing else changed. `topics` are those that drifted
     (`ratchet.monitoring.topics`; `[]` means drift without a topic). Their rows and people's feedback are
-    pulled first, and the evaluation reports the topics separately.
+    pulled first, and the evaluation reports the topics separately. `sync` first takes in the commits of the
+    checkout's git remote, and pushes what the run committed.
 
     Raises the errors of the checkout, the stages and MLflow.
     """
     home = project_root(root)
+    if sync:
+        take_in(home)
     config = load_config(home / "params.yaml")
     with_nodes = config.retrain.trains_with == "nodes"
     if with_nodes:
@@ -107,9 +112,11 @@ def retrain(
         if region:
             land_region(workspace, region)
         stale = bring_up_to_date(workspace, force)
-        if with_nodes:
-            return train_with_nodes(workspace, config, reason, stale)
-        return go_round(workspace, config, reason, stale)
+        do = train_with_nodes if with_nodes else go_round
+        done = do(workspace, config, reason, stale)
+    if sync and config.landing == "checkout":
+        give_back(home)
+    return done
 
 
 @contextmanager

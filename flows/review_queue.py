@@ -8,14 +8,21 @@ from pathlib import Path
 
 import msgspec
 
+from flows.data_check import read_rejected
 from ratchet.config.params import Config
 from ratchet.data.batches import Batch, check_batch, raw_lines, read_manifest
 from ratchet.data.examples import RowError, prompt_key, read_examples
 from ratchet.data.profile import SPLITS
 from ratchet.data.validation import Doubt, Validator
+from ratchet.errors import UserError
+from ratchet.pipeline.checkout import Say
+from ratchet.pipeline.dvc import bring, configured_remote
+from ratchet.pipeline.workspace import open_workspace
 from ratchet.review.queue import ReviewQueue
 from ratchet.review.records import Item
 from tasks.prepare import Rejection, origin_of
+
+PREPARED = Path("data/prepared")
 
 
 def queue_doubtful(home: Path, data: Path, rejected: list[Rejection], config: Config) -> int:
@@ -46,6 +53,26 @@ def queue_doubtful(home: Path, data: Path, rejected: list[Rejection], config: Co
         return queue.add(items, share=config.review.share)
     finally:
         queue.close()
+
+
+def collect_doubtful(home: Path, config: Config, say: Say) -> int:
+    """Queue the doubtful rows of the newest committed preparation, and return how many are new here.
+
+    The machine that prepared may be gone, such as a runner; its rows and what it rejected are in DVC. Raises
+    UserError: no preparation is committed; CheckoutError: the rows are not here.
+    """
+    with open_workspace(home, "review", say, keep_failed=0) as workspace:
+        bring(workspace, "data/raw")
+        rejected = workspace.path / PREPARED / "rejected.jsonl"
+        if (workspace.path / "dvc.lock").exists():
+            command = "pull" if configured_remote(home) else "checkout"
+            workspace.dvc(command, "--quiet", "--allow-missing", str(PREPARED))
+        if not rejected.exists():
+            raise UserError(
+                "what the last preparation rejected is not here",
+                remedy="git pull brings its commit, a DVC remote what the other machine pushed",
+            )
+        return queue_doubtful(home, workspace.path / "data", read_rejected(rejected), config)
 
 
 def _first_answers(prepared: Path, prompts: set[int]) -> dict[int, str]:

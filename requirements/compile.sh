@@ -23,6 +23,9 @@ for minor in 11 12 13; do
   # Flower has no solution beside the core, so it gets an environment of its own (make federated).
   "$uv" pip compile requirements/federated.in --python-version "3.$minor" --python-platform linux --generate-hashes \
     --no-header --no-annotate --no-emit-index-url --no-emit-find-links --quiet --output-file requirements/py3$minor-federated.txt
+  # MkDocs builds pages and imports nothing of ours: an environment of its own keeps its pins out of the core's.
+  "$uv" pip compile requirements/docs.in --python-version "3.$minor" --python-platform linux --generate-hashes \
+    --no-header --no-annotate --no-emit-index-url --no-emit-find-links --quiet --output-file requirements/py3$minor-docs.txt
 done
 # The checks of the Helm chart (.ci/kubernetes) have one lock for all minors.
 "$uv" pip compile requirements/kubernetes.in --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \

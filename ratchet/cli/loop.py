@@ -209,17 +209,48 @@ def retrain(
         bool,
         typer.Option("--drift", help="First pull rows of the topics that the monitor's last verdict named."),
     ] = False,
+    deployment: Annotated[
+        bool,
+        typer.Option(
+            "--deployment",
+            help="Compute nothing here: ask the deployment that PREFECT_API_URL serves. It takes in the "
+            "commits of its checkout's git remote first, and pushes at the end.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Prepare, tokenize, train, evaluate, gate; what the gate lets through is promoted or rolled out.
 
     Stages whose inputs did not change are skipped. Example: ratchet retrain --reason "March's tickets"
     """
+    if deployment:
+        _hand_over(reason, as_json, refused={"--force": force, "--drift": drift})
+        return
     root = ready_root()
     from flows.retrain import retrain as flow
 
     done = flow(root=str(root), reason=reason, force=force, topics=_drifted_topics(root) if drift else None)
     show(done._asdict(), as_json, lambda: tell_retrained(done))
+
+
+def _hand_over(reason: str, as_json: bool, refused: dict[str, bool]) -> None:
+    """Ask the served deployment for a retraining; print where to follow it."""
+    import os
+
+    if given := [name for name, value in refused.items() if value]:
+        raise UserError(
+            f"--deployment was given with {' and '.join(given)}", remedy="give --deployment alone"
+        )
+    if not os.environ.get("PREFECT_API_URL"):
+        raise UserError(
+            "PREFECT_API_URL is not set: it says which Prefect serves the retraining",
+            remedy="export PREFECT_API_URL=http://HOST:4200/api (and PREFECT_API_AUTH_STRING)",
+        )
+    config = read_config(find_root())
+    from flows.deployments import request_retraining
+
+    run = request_retraining(config, reason)
+    show({"run": run}, as_json, lambda: say(f"requested: {run}"))
 
 
 def tell_retrained(done: Retrained) -> None:

@@ -64,6 +64,20 @@ def review_next(draft: Draft = None, as_json: Json = False) -> None:
     )
 
 
+@app.command("collect")
+def review_collect(as_json: Json = False) -> None:
+    """Queue the rows with doubts of a retraining that ran elsewhere, such as on GitHub; git pull first.
+
+    Example: ratchet review collect
+    """
+    root = find_root()
+    config = read_config(root)
+    from flows.review_queue import collect_doubtful
+
+    added = collect_doubtful(root, config, note)
+    show({"added": added}, as_json, lambda: say(f"{added} rows are new in the queue"))
+
+
 @app.command("accept")
 def review_accept(id: Id, draft: Draft = None, by: By = None, why: Why = "") -> None:
     """Take a row as it is. Example: ratchet review accept 3f2a"""

@@ -72,23 +72,17 @@ def clone(root: Path, purpose: str, say: Say, *options: str, keep_failed: int) -
     path.parent.mkdir(parents=True, exist_ok=True)
     _drop_failed(root, purpose, keep_failed)
     with _in_use(path):
-        yield from _filled(root, path, branch, purpose, say, keep_failed)
-
-
-def _filled(
-    root: Path, path: Path, branch: str, purpose: str, say: Say, keep_failed: int
-) -> Iterator[Workspace]:
-    try:
-        # Line ends stay as committed, because the inputs of stages are hashed by their bytes.
-        plain = ("--config", "core.autocrlf=false")
-        git(root, "clone", "--quiet", *plain, *options, str(root), str(path))
-        share_cache(root, path)
-        yield path
-    except BaseException:
-        if path.exists():
-            _set_aside(root, path, purpose, keep_failed, say)
-        raise
-    shutil.rmtree(path, ignore_errors=True)
+        try:
+            # Line ends stay as committed, because the inputs of stages are hashed by their bytes.
+            plain = ("--config", "core.autocrlf=false")
+            git(root, "clone", "--quiet", *plain, *options, str(root), str(path))
+            share_cache(root, path)
+            yield path
+        except BaseException:
+            if path.exists():
+                _set_aside(root, path, purpose, keep_failed, say)
+            raise
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def failed_workspaces(root: Path) -> list[Path]:

@@ -81,7 +81,7 @@ GROUPS = {
         "take",
         "status",
     ),
-    "review": ("status", "next", "accept", "reject", "edit", "undo", "export", "import"),
+    "review": ("status", "next", "collect", "accept", "reject", "edit", "undo", "export", "import"),
 }
 PARAMS = (
     "project:\n  name: small\nservices:\n  mlflow_port: 5907\n  prefect_port: 5908\ngateway:\n  port: 5909\n"

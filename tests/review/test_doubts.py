@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import msgspec
 from command import Done, ratchet
+from places import make_repository, use_git_without_a_user
+from small_checkout import add, commit_batches, make, make_checkout, row
 
 from flows.data_check import check_file, raw_row, read_rejected, resubmit
 from flows.review_queue import queue_doubtful
@@ -15,6 +19,7 @@ from ratchet.config.params import Config
 from ratchet.config.training import BaseConfig
 from ratchet.data.batches import write_batch
 from ratchet.data.examples import read_examples
+from ratchet.pipeline.checkout import dvc, git
 from ratchet.review.files import row_of
 from ratchet.review.queue import ReviewQueue
 from ratchet.review.records import Decision
@@ -186,3 +191,32 @@ def test_the_command_tells_apart_rows_that_would_fail_and_files_that_cannot_be_r
         and "fine.jsonl: 100 rows" in unread.stdout
         and "(empty) gave no rows" in unread.stderr
     )
+
+
+def test_rows_with_doubts_of_a_run_elsewhere_reach_the_queue_of_another_clone(tmp_path, monkeypatch):
+    """As after a retraining on a runner: what it left is a commit, and data in a DVC remote."""
+    use_git_without_a_user(monkeypatch)
+    runner, here = tmp_path / "runner", tmp_path / "here"
+    make_checkout(runner, {"data/golden.jsonl": "", "data/forgotten.jsonl": ""})
+    dvc(runner, "remote", "add", "--quiet", "--default", "storage", str(tmp_path / "remote"))
+    add(runner / "data/raw", [*(row(number) for number in range(60)), DOUBTFUL])
+    commit_batches(runner, "Ingest")
+    make(runner)
+    dvc(runner, "push", "--quiet")
+    git(tmp_path, "clone", "--quiet", str(runner), str(here))
+    shutil.rmtree(runner)
+
+    done = [ratchet("-C", here, "review", "collect", "--json") for _ in range(2)]
+    assert [json.loads(each.stdout) for each in done] == [{"added": 1}, {"added": 0}], done
+    queue = ReviewQueue(here)
+    (item,) = queue.pending()
+    queue.close()
+    assert "mixes alphabets" in item.doubts[0]
+    assert git(here, "status", "--porcelain") == ""
+
+
+def test_before_any_preparation_there_is_nothing_to_collect(tmp_path, monkeypatch):
+    use_git_without_a_user(monkeypatch)
+    done = ratchet("-C", make_repository(tmp_path / "small", {}), "review", "collect")
+    assert done.returncode == 2
+    assert "git pull" in done.stderr
