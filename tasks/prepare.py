@@ -34,17 +34,19 @@ from ratchet.data.mixture import undesirable
 from ratchet.data.pii import redact
 from ratchet.data.poisoning import find_triggers
 from ratchet.data.profile import SPLITS, Gathered, Profile, check_limits, render_profile
-from ratchet.data.validation import REVIEW, Checked, Origin, Validator, is_accepted
+from ratchet.data.sharded import ShardedRows, Source, shard_rows
+from ratchet.data.validation import REVIEW, Checked, Origin, Validator, check_lines, is_accepted
 from ratchet.errors import DataError
-from ratchet.files import whole_folder, write_json, write_text
+from ratchet.files import sha256_file, whole_folder, write_json, write_text
 from ratchet.media.names import is_sound, kind_of
 from ratchet.media.pictures import look_at
 from ratchet.media.sounds import hash_of_samples
 from ratchet.media.store import FOLDER, MediaStore, write_shard
-from ratchet.pipeline.stage import run_stage, say
+from ratchet.pipeline.stage import project_root, run_stage, say
 
 FORGOTTEN = "the row is on the erasure list (data/forgotten.jsonl)"
 LONGEST_MESSAGE = 300  # characters
+HOME = Path(".ratchet/prepare")  # of the workers of `prepare.engine: datatrove`
 # Sources of rows that people wrote or accepted: they win over other answers to the same prompt.
 TRUSTED = ("review", "feedback")
 
@@ -85,10 +87,12 @@ def prepare(
     *,
     forgotten: Forgotten | None = None,
     tell: Callable[[str], object] = say,
+    home: Path | None = None,
 ) -> Profile:
     """Sort the batches of `raw` into splits under `out`.
 
     `tell` is called with alarms and warnings. `forgotten` rows are rejected, which counts towards no limit.
+    `home` is where the workers of `prepare.engine: datatrove` keep what they made; by default beside `out`.
     Raises DataError when there is no batch, when a batch is not what the manifest says, or when too many rows
     are rejected or too few are left.
     """
@@ -100,6 +104,12 @@ def prepare(
         for batch in manifest
     ]
     shown: dict[str, set[str]] = {}  # batch → names of pictures
+    sharded = None
+    if config.engine == "datatrove":
+        sources = [Source(origin_of(batch), raw / batch.name, batch.sha256) for batch in manifest]
+        if golden.exists():
+            sources.insert(0, Source(Origin(GOLDEN, ""), golden, sha256_file(golden)))
+        sharded = shard_rows(sources, config, home or out.with_name(".prepare"), tell)
 
     with whole_folder(out) as folder:
         with ExitStack() as opened:
@@ -113,7 +123,7 @@ def prepare(
                 if isinstance(row, Example) and row.media:
                     shown.setdefault(str(row.meta["batch"]), set()).update(row.media)
 
-            gathered = sort_batches(batches, golden, config, forgotten or Forgotten(), keep)
+            gathered = sort_batches(batches, golden, config, forgotten or Forgotten(), keep, sharded)
         stores = {batch.origin.batch: batch.media for batch in batches} | {GOLDEN: golden_media(golden)}
         for batch, names in shown.items():
             write_shard(folder / FOLDER / f"{batch.removesuffix('.jsonl')}.tar", stores[batch], names)
@@ -122,6 +132,8 @@ def prepare(
         write_text(folder / "profile.html", render_profile(profile))
     for line in check_limits(profile, gathered.first, config):
         tell(line)
+    if sharded:
+        sharded.clear()
     return profile
 
 
@@ -131,14 +143,20 @@ def golden_media(golden: Path) -> MediaStore:
 
 
 def sort_batches(
-    batches: list[Incoming], golden: Path, config: PrepareConfig, forgotten: Forgotten, keep: Keep
+    batches: list[Incoming],
+    golden: Path,
+    config: PrepareConfig,
+    forgotten: Forgotten,
+    keep: Keep,
+    sharded: ShardedRows | None = None,
 ) -> Gathered:
     """Validate each row once, and pass it to `keep`. Raises DataError for an unfit golden row.
 
+    `sharded` holds what workers found about the rows of the same batches.
     Batches that people wrote are held as lists, because what they correct has to be known before any row is
     sorted; they are small. Rows of other batches go through one at a time.
     """
-    sorter = Sorter(config, forgotten, keep)
+    sorter = Sorter(config, forgotten, keep, sharded)
     sorter.add_golden(golden)
     waiting: list[tuple[Incoming, Validated]] = []
     for batch in batches:
@@ -155,11 +173,14 @@ def sort_batches(
 class Sorter:
     """What is kept of a sorted row: two hash table slots of 12 bytes, with `near_search` about 1 kB more."""
 
-    def __init__(self, config: PrepareConfig, forgotten: Forgotten, keep: Keep) -> None:
+    def __init__(
+        self, config: PrepareConfig, forgotten: Forgotten, keep: Keep, sharded: ShardedRows | None = None
+    ) -> None:
         self.gathered = Gathered()
+        self._sharded = sharded
         self._config, self._forgotten, self._keep = config, forgotten, keep
         self._validator = Validator(config)
-        self._clusters = Clusters(config)
+        self._clusters = Clusters(config, sharded.near if sharded and config.near_search else None)
         self._seen, self._answers = HashTable(), HashTable()  # ids of rows; prompt → its first answer
         self._corrected: dict[int, tuple[str, int]] = {}  # prompt → (batch, line) of people's last answer
 
@@ -171,7 +192,9 @@ class Sorter:
         batch = Incoming(Origin(GOLDEN, ""), 0, (), golden_media(path))
         for number, line in raw_lines(path) if path.exists() else []:
             try:
-                example = self._check_line(line, batch).example
+                checked = self._validator.check(line, batch.origin)
+                self._look_at_media(checked, batch)
+                example = checked.example
             except RowError as error:
                 raise DataError(
                     f"{path}:{number} ({error.reason}): {error}",
@@ -194,15 +217,21 @@ class Sorter:
             self.gathered.golden += 1
 
     def validate(self, batch: Incoming) -> Iterator[tuple[int, Checked | RowError]]:
-        for number, line in batch.lines:
+        """Yield each row of the batch, checked here or by workers, once its pictures were looked at."""
+        if self._sharded:
+            found = self._sharded.of(batch.origin.batch)
+        else:
+            found = check_lines(self._validator, batch.lines, batch.origin)
+        for number, checked in found:
             try:
-                yield number, self._check_line(line, batch)
+                if isinstance(checked, Checked):
+                    self._look_at_media(checked, batch)
+                yield number, checked
             except RowError as error:
                 yield number, error
 
-    def _check_line(self, line: bytes, batch: Incoming) -> Checked:
-        """Validate a row, and look at its pictures and recordings. Raises RowError."""
-        checked = self._validator.check(line, batch.origin)
+    def _look_at_media(self, checked: Checked, batch: Incoming) -> None:
+        """Remember what the row's pictures and recordings show. Raises RowError for one that is missing."""
         for name in checked.example.media:
             if name not in batch.media:
                 raise RowError("media_missing", f"no {kind_of(name)} {name[:12]}… came with the batch")
@@ -211,7 +240,6 @@ class Sorter:
             if not self._clusters.gallery.knows(name):
                 alike = self._config.picture_distance >= 0
                 self._clusters.gallery.learn(name, look_at(batch.media[name]) if alike else None)
-        return checked
 
     def heed_people(self, batch: Incoming, rows: Validated) -> None:
         """Remember which prompts a batch of corrections answers, before any batch is sorted."""
@@ -401,6 +429,7 @@ def _main(config: Config, arguments: argparse.Namespace) -> None:
         arguments.out,
         config.prepare,
         forgotten=read_forgotten(arguments.forgotten),
+        home=project_root() / HOME,  # not the workspace, which is removed: what workers did is kept
     ).total
     splits = ", ".join(f"{split} {total.accepted.get(split, 0)}" for split in SPLITS)
     if bad := sum(total.accepted.get(undesirable(split), 0) for split in SPLITS):

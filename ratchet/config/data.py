@@ -184,11 +184,44 @@ class IngestConfig(Section):
     )
 
 
+class DatatroveConfig(Section):
+    """Workers that prepare rows; they and this machine share the folder `.ratchet/prepare` of the project."""
+
+    executor: Literal["local", "slurm", "ray"] = Field(
+        default="local",
+        description="where workers run. `local`: processes on this machine; `slurm`: jobs of `sbatch`; "
+        "`ray`: the cluster that RAY_ADDRESS names (needs the package `ray`)",
+    )
+    workers: Count = Field(default=2, description="shards that are worked on at the same time")
+    shard_rows: Count = Field(
+        default=50_000, description="rows of a shard: what is lost when a worker is killed"
+    )
+    tries: Count = Field(default=3, description="attempts per shard before the preparation fails")
+    partition: str = Field(default="", description="partition of Slurm that takes the jobs")
+    time_limit: str = Field(
+        default="02:00:00", description="longest time of one of Slurm's jobs, as HH:MM:SS"
+    )
+
+    @model_validator(mode="after")
+    def _names_a_partition(self) -> DatatroveConfig:
+        if self.executor == "slurm" and not self.partition:
+            raise ValueError("prepare.datatrove.executor is slurm, which needs prepare.datatrove.partition")
+        return self
+
+
 class PrepareConfig(Section):
     """How rows are checked, freed of duplicates and divided into training, validation and test rows."""
 
     renamed: ClassVar = {"prepare.retention_days": "prepare.max_age_days"}
 
+    engine: Literal["local", "datatrove"] = Field(
+        default="local",
+        description="what prepares the rows. `local`: this process, one row at a time; `datatrove`: several "
+        "workers, for many millions of rows (extra `scale`). Both accept the same rows",
+    )
+    datatrove: DatatroveConfig = Field(
+        default_factory=DatatroveConfig, description="workers of the engine `datatrove`"
+    )
     validation_share: Share = Field(
         default=0.1, description="share of the clusters of near duplicates that become validation rows"
     )

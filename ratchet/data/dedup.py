@@ -17,7 +17,7 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Literal, NamedTuple, cast
+from typing import Any, Generic, Literal, NamedTuple, TypeVar, cast
 
 import numpy as np
 from rensa import RMinHash, RMinHashLSH
@@ -54,10 +54,10 @@ class Placed(NamedTuple):
 class Clusters:
     """The clusters of near duplicates among the rows placed so far, each with its side."""
 
-    def __init__(self, config: PrepareConfig) -> None:
+    def __init__(self, config: PrepareConfig, known: PlacedRows[Any] | None = None) -> None:
         self._config = config
         self.gallery = Gallery(config.picture_distance)
-        self._known = NearRows(config)
+        self._known: PlacedRows[Any] = known or NearRows(config)
         self._cluster: list[int] = []  # a row's cluster, by the place of the cluster's first row
         self._crowds: Counter[int] = Counter()
 
@@ -68,9 +68,8 @@ class Clusters:
         still decides the side of later rows, but does not add to its cluster's `crowd`.
         """
         groups = self.gallery.groups(example.media)
-        shingles = of_pictures(shingle(example), example.media)
-        sketch, rows = sketch_of(shingles), self._known.rows
-        close = self._known.close(shingles, sketch)
+        signed, rows = self._known.sign(example), self._known.rows
+        close = self._known.close(signed)
         near = [place for place, alike in close if alike >= self._config.near_duplicate]
         golden = next((rows[place][0] for place, _ in close if rows[place][1] == "golden"), None)
         if side is None and golden:
@@ -91,7 +90,7 @@ class Clusters:
         if side is None and stranger:
             return Placed("straddles", stranger)
         self.gallery.hang(groups, example.id, chosen)
-        place = self._known.add(example, chosen, shingles, sketch)
+        place = self._known.add(example, chosen, signed)
         cluster = self._cluster[near[0]] if near else place
         self._cluster.append(cluster)
         self._crowds[cluster] += counts
@@ -237,23 +236,36 @@ def of_pictures(shingles: frozenset[str], names: tuple[str, ...]) -> frozenset[s
     return frozenset(f"{mark}\n{shingle}" for shingle in shingles)
 
 
-class NearRows:
-    """Rows with known sides, searchable by similarity from `leak` on; about 1 kB of memory a row."""
+Signed = TypeVar("Signed")
 
-    def __init__(self, config: PrepareConfig) -> None:
-        self._leak = min(config.leak, config.near_duplicate)
-        self._index = RMinHashLSH(
-            threshold=self._leak, num_perm=PERMUTATIONS, num_bands=bands_for(self._leak)
-        )
-        self._shingles: list[frozenset[str]] = []
+
+class PlacedRows(Generic[Signed]):
+    """Rows with known sides, in the order of arrival; a subclass finds those that are near to another.
+
+    `Signed` is what a search knows a row by.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[str, str]] = []  # id and side
         self._runs: Counter[int] = Counter()  # hash of RUN words → golden rows that contain them
-        self.rows: list[tuple[str, str]] = []  # id and side, in the order of arrival
 
-    def close(self, shingles: frozenset[str], sketch: RMinHash) -> list[tuple[int, float]]:
-        """Return (place in `rows`, similarity) of each near row, the oldest first."""
-        places = sorted(self._index.query(sketch))
-        found = [(place, jaccard(shingles, self._shingles[place])) for place in places]
-        return [(place, alike) for place, alike in found if alike >= self._leak]
+    def sign(self, example: Example) -> Signed:
+        """Return what the row is searched by."""
+        raise NotImplementedError
+
+    def close(self, signed: Signed) -> list[tuple[int, float]]:
+        """Return (place in `rows`, similarity) of each near row, the oldest first.
+
+        Of near rows with the same shingles and side, only the oldest need be among them.
+        """
+        raise NotImplementedError
+
+    def add(self, example: Example, side: str, signed: Signed) -> int:
+        """Remember a row, and return its place in `rows`."""
+        self.rows.append((example.id, side))
+        if side == "golden" and not example.media:  # a question about one picture is asked about others too
+            self._runs.update(word_runs(example))
+        return len(self.rows) - 1
 
     def quotes_golden(self, example: Example) -> bool:
         """Tell whether the example shares RUN consecutive words with exactly one golden row.
@@ -262,15 +274,43 @@ class NearRows:
         """
         return bool(self._runs) and any(self._runs[run] == 1 for run in word_runs(example))
 
-    def add(self, example: Example, side: str, shingles: frozenset[str], sketch: RMinHash) -> int:
-        """Remember a row, and return its place in `rows`."""
-        place = len(self.rows)
-        self._index.insert(place, sketch)
-        self._shingles.append(shingles)
-        self.rows.append((example.id, side))
-        if side == "golden" and not example.media:  # a question about one picture is asked about others too
-            self._runs.update(word_runs(example))
+
+class NearRows(PlacedRows[tuple[frozenset[str], RMinHash]]):
+    """Placed rows, searchable by similarity from `leak` on; about 1 kB of memory a row."""
+
+    def __init__(self, config: PrepareConfig) -> None:
+        super().__init__()
+        self._leak = least_alike(config)
+        self._index = RMinHashLSH(
+            threshold=self._leak, num_perm=PERMUTATIONS, num_bands=bands_for(self._leak)
+        )
+        self._shingles: list[frozenset[str]] = []
+
+    def sign(self, example: Example) -> tuple[frozenset[str], RMinHash]:
+        shingles = shingles_of(example)
+        return shingles, sketch_of(shingles)
+
+    def close(self, signed: tuple[frozenset[str], RMinHash]) -> list[tuple[int, float]]:
+        shingles, sketch = signed
+        places = sorted(self._index.query(sketch))
+        found = [(place, jaccard(shingles, self._shingles[place])) for place in places]
+        return [(place, alike) for place, alike in found if alike >= self._leak]
+
+    def add(self, example: Example, side: str, signed: tuple[frozenset[str], RMinHash]) -> int:
+        place = super().add(example, side, signed)
+        self._index.insert(place, signed[1])
+        self._shingles.append(signed[0])
         return place
+
+
+def least_alike(config: PrepareConfig) -> float:
+    """Return the least similarity at which two rows have to be compared."""
+    return min(config.leak, config.near_duplicate)
+
+
+def shingles_of(example: Example) -> frozenset[str]:
+    """Return the shingles by which a row is near to others: of its words and its pictures."""
+    return of_pictures(shingle(example), example.media)
 
 
 def sketch_of(shingles: frozenset[str]) -> RMinHash:

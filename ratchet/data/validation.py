@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
@@ -265,6 +265,17 @@ class Validator:
         for number, canary in enumerate(self._config.canaries, start=1):
             if canary in text:
                 raise RowError("canary", f"a text holds canary {number} of `prepare.canaries`")
+
+
+def check_lines(
+    validator: Validator, lines: Iterable[tuple[int, bytes]], origin: Origin
+) -> Iterator[tuple[int, Checked | RowError]]:
+    """Check numbered lines; yield each number with the fit row or the fault that makes it unfit."""
+    for number, line in lines:
+        try:
+            yield number, validator.check(line, origin)
+        except RowError as error:
+            yield number, error
 
 
 def _texts(example: Example) -> list[str]:

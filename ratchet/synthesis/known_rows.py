@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from ratchet.config.data import PrepareConfig
 from ratchet.data.batches import raw_lines
-from ratchet.data.dedup import NearRows, of_pictures, shingle, sketch_of
+from ratchet.data.dedup import NearRows
 from ratchet.data.examples import Example, RowError, read_examples
 from ratchet.data.validation import Origin, Validator
 
@@ -45,8 +45,7 @@ class Known:
     def add(self, example: Example, side: str) -> None:
         if example.id in self._sides:
             return
-        shingles = of_pictures(shingle(example), example.media)
-        self._rows.add(example, side, shingles, sketch_of(shingles))
+        self._rows.add(example, side, self._rows.sign(example))
         self._sides[example.id] = side
 
     def find(self, example: Example, *, but: str = "") -> Twin | None:
@@ -57,10 +56,8 @@ class Known:
         """
         if side := self._sides.get(example.id):
             return Twin(REASONS[side], example.id)
-        shingles = of_pictures(shingle(example), example.media)
         close = (
-            (*self._rows.rows[place], alike)
-            for place, alike in self._rows.close(shingles, sketch_of(shingles))
+            (*self._rows.rows[place], alike) for place, alike in self._rows.close(self._rows.sign(example))
         )
         near = [
             (side, id) for id, side, alike in close if id != but and (side not in OURS or alike >= self._near)
