@@ -476,7 +476,7 @@ def _canaries(folder: Path, run: str) -> Path:
 
 def _audit(root: Path, folder: Path, message: Message) -> bytes:
     asked: messages.Audit = message.header
-    _check_limits(root, rounds=False)
+    _check_limits(root, [])
     kept, version = _canaries(folder, asked.run), folder / "work" / f"{asked.run}-audited"
     if not (kept / DRAWN).exists():
         raise Refusal(f"this node has planted no canaries in {asked.run}")
