@@ -119,6 +119,15 @@ def combine(shares: Collection[Share], threshold: int) -> bytes:
 # --- masks ---
 
 
+def can_agree(key: bytes) -> bool:
+    """Return whether a public key leads to secrets: a few points lead everybody to zero (RFC 7748, 6.1)."""
+    try:
+        X25519PrivateKey.generate().exchange(X25519PublicKey.from_public_bytes(key))
+    except ValueError:
+        return False
+    return True
+
+
 def _agree(ours: X25519PrivateKey, theirs: bytes, purpose: bytes) -> bytes:
     shared = ours.exchange(X25519PublicKey.from_public_bytes(theirs))
     return HKDF(hashes.SHA256(), SECRET, None, purpose).derive(shared)

@@ -103,8 +103,12 @@ class Sum:
         published = self._step(
             "keys", {place: messages.Keys(*which, place, threshold) for place in places}, places
         )
-        self._check(published, least)
         publics = {place: (found.header.masks, found.header.letters) for place, found in published.items()}
+        for place, keys in list(publics.items()):
+            if not all(masking.can_agree(bytes.fromhex(key)) for key in keys):
+                self.left_out[self._names[places[place]]] = "keys: no secret can be agreed on with its keys"
+                del published[place], publics[place]
+        self._check(published, least)
         dealt = self._step("deal", {place: messages.Deal(*which, publics) for place in published}, places)
         for place in list(dealt):
             if {*dealt[place].header.letters, place} != {*publics}:

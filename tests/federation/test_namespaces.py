@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import random
+import string
 import subprocess
 import sys
 import tempfile
@@ -33,7 +35,8 @@ from tasks.federate import SECTIONS
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).parents[2]
 NAMES = ("north", "south", "west")
-SECRET = "Zanzibar quicksilver"
+# Drawn, since each clone holds the text of this file.
+SECRET = " ".join("".join(random.choices(string.ascii_lowercase, k=12)) for _ in range(2))
 TLS = """
 import socket, ssl, sys
 address, port, authority = sys.argv[1], int(sys.argv[2]), sys.argv[3]
@@ -48,7 +51,10 @@ with socket.create_connection((address, port), timeout=30) as plain:
 
 
 class Apart(Live):
-    """A federation whose parties are clones, and whose commands run each on its own machine."""
+    """A federation whose parties are clones, and whose commands run each on its own machine.
+
+    Each runs the code of its own clone: `python -m` looks into the working directory first.
+    """
 
     def __init__(self, folder: Path, config: Config, network: Network) -> None:
         self.network = network
@@ -58,14 +64,20 @@ class Apart(Live):
     def ratchet(self, home: Path, *arguments: str | Path) -> Done:
         command = self.network.inside(home.name, sys.executable, "-m", "ratchet.cli", "-C", home, *arguments)
         done = subprocess.run(
-            command, env=environment(home), capture_output=True, text=True, check=False, timeout=scaled(300)
+            command,
+            cwd=home,
+            env=environment(home),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=scaled(300),
         )
         return Done(done.returncode, done.stdout, done.stderr)
 
     def start(self, command: list[str], log: IO[str]) -> subprocess.Popen[str]:
         inside = self.network.inside(self.root.name, *command)
-        env = environment(self.root)
-        return subprocess.Popen(inside, env=env, text=True, stdout=log, stderr=subprocess.STDOUT)
+        said = {"text": True, "stdout": log, "stderr": subprocess.STDOUT}
+        return subprocess.Popen(inside, cwd=self.root, env=environment(self.root), **said)
 
 
 def clone(home: Path) -> None:

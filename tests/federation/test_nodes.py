@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -191,6 +192,14 @@ def test_a_node_killed_in_a_training_ends_in_the_same_bytes(world: World):
     before = len(read_rounds(root))
     assert handle(root, request(world, "killed")) == again  # asked a third time, it only repeats itself
     assert len(read_rounds(root)) == before
+    # As if it was killed before it kept its reply: the round that it repeats is not one more of today.
+    shutil.rmtree(root / NODE / "replies")
+    join(root, rounds_a_day=before)
+    repeated = world.link.call(root, request(world, "killed"))
+    join(root)
+    assert isinstance(repeated, bytes) and len(read_rounds(root)) == before
+    other = messages.read_reply(repeated).tensors
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_an_old_request_is_answered_from_memory_or_refused(world: World):

@@ -358,6 +358,30 @@ def test_a_node_that_drops_out_costs_its_own_update_alone(tmp_path, step):
     assert all(torch.allclose(found.adapter[name], plain.adapter[name], atol=1e-6) for name in found.adapter)
 
 
+FALSE: dict[str, Callable[[Any], messages.Reply]] = {
+    "keys": lambda said: msgspec.structs.replace(said, masks="00" * 32),
+    "deal": lambda said: messages.Dealt(dict(list(said.letters.items())[1:])),
+    "reveal": lambda said: messages.Revealed(said.keys, {9: "0x1"}),
+}
+
+
+@pytest.mark.parametrize("step", FALSE)
+def test_a_node_that_sends_something_else_in_a_sum_is_left_out(tmp_path, step):
+    class Lying(Secure):
+        def trained(self, name: str, request: bytes) -> bytes:
+            reply = super().trained(name, request)
+            asked = type(read_request(request).header).__name__.lower()
+            said = messages.read_reply(reply).header
+            return write_message(FALSE[step](said)) if (name, asked) == ("b", step) else reply
+
+    link = Lying(tmp_path / "nodes", MANY)
+    _, (record,) = run_rounds(
+        link, tmp_path / "secure", Aggregate(adapter(1), {}), plan(rounds=1, **SECURE), quiet
+    )
+    assert list(record.left_out) == ["b"] and record.left_out["b"].startswith(f"{step}: ")
+    assert record.rows == sum(MANY.values()) - (MANY["b"] if step != "reveal" else 0)
+
+
 class Scoring(Secure):
     """Their scores are given; they keep them for the sum, as `node._score` does."""
 

@@ -144,6 +144,21 @@ def test_a_stranger_and_a_removed_node_get_nothing(live: Live, tmp_path: Path) -
     live.nodes.pop("guest")
 
 
+def test_join_tells_whether_the_coordinator_lets_the_node_in(
+    live: Live, tmp_path: Path, tiny_config: Config
+) -> None:
+    home = make_node(tmp_path / "told", tiny_config, [])
+    said = live.join(home, live.invite(home))
+    assert f"told is connected to 127.0.0.1:{live.config.federate.port}" in said.stdout
+    assert "is connected" in live.join(home).stdout  # it runs already
+    remove(live.root, live.config, "told")
+    live.ratchet(home, "federate", "down")
+    refused = live.ratchet(home, "federate", "join")
+    assert refused.returncode == 1 and "did not let this node in" in refused.stderr
+    assert "does not run" in live.ratchet(home, "federate", "status").stdout
+    live.nodes.pop("told")
+
+
 def test_what_was_sent_in_a_run_is_removed_while_the_relay_waits(live: Live) -> None:
     """A node that never answers holds up nothing: the run is forgotten, and the next one goes on at once."""
     exchange, link = live.root / FOLDER / "exchange", FlowerLink(live.root)

@@ -40,7 +40,7 @@ LET_IN = "SuperNode ID:"  # what a SuperNode says then
 CHILDREN = "children.json"  # the processes, and when they were created
 START_SECONDS = 180.0
 # A node that was killed counts as connected for a minute, in which the SuperLink refuses it. It tries longer.
-TRIES, TRY_SECONDS = 9, 10.0
+TRY_SECONDS, REFUSED_SECONDS = 10.0, 120.0
 NODE_KEY, NODE_AUTHORITY = "key", "authority.pem"
 
 
@@ -214,8 +214,8 @@ def wait_for_word(root: Path, url: str, seconds: float, report: Callable[[str], 
             )
         if found and not told:
             report(
-                f"{url} does not let this node in; it is asked {TRIES} times, since a node that was killed "
-                "counts as connected for a minute"
+                f"{url} does not let this node in; it is asked again for {REFUSED_SECONDS:.0f} s, since a "
+                "node that was killed counts as connected for a minute"
             )
             told = True
         if not found and time.monotonic() > until:
@@ -268,21 +268,22 @@ def run_node(root: Path) -> None:
         command = [flower.flower("python"), str(LINK / "node_app.py"), f"{HOST}:{port}"]
         children.start("the node's loop", command, environment, root)
         say(f"node {settings.name}: connects to {settings.url}")
-        refused = 0
+        since: float | None = None  # it is refused
         while True:
             if LET_IN in said.pass_on():
                 write_json(folder / WORD, {"in": True})
+                since = None
             if (code := children.code("the SuperNode")) is not None:
-                refused = refused + 1 if code >= 0 else 0
                 write_json(folder / WORD, {"in": False})
-                if refused < TRIES:
+                since = since or time.monotonic() if code >= 0 else None
+                if since is None or time.monotonic() - since < REFUSED_SECONDS:
                     say(f"the SuperNode ended with code {code}: it starts again in {TRY_SECONDS:.0f} s")
                     time.sleep(TRY_SECONDS)
                     children.start("the SuperNode", supernode, environment, home, said.out)
                 else:
                     raise ServiceError(
-                        f"the coordinator at {settings.url} did not let this node in, {refused} times: was "
-                        "it removed, or is another address meant?",
+                        f"the coordinator at {settings.url} did not let this node in for "
+                        f"{REFUSED_SECONDS:.0f} s: was it removed, or is another address meant?",
                         remedy="ask the coordinator for another invitation",
                     )
             children.check()
