@@ -2,8 +2,8 @@
 
     python -m flows.deployments [--end-lost-runs]        # `ratchet up` runs it
 
-Runs that a schedule, an event or a person requests start here, each in a process of its own. Work pools are
-not supported.
+Runs that a schedule, an event or a person requests start here, each in a process of its own. Stages in
+work pools: flows/execution.py.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ from places import make_repository
 
 from ratchet.pipeline.checkout import git
 
-# The stage `train` counts to six, keeps what it has in a checkpoint a step, and goes on from the newest; a file `wait`
-# in the checkout lets it stop after three until the file is gone.
+# The stage `train` counts to six, keeps what it has in a checkpoint a step, and goes on from the newest; a
+# file `wait` in the checkout lets it stop after three until the file is gone.
 LEARN = """
 import json, os, shutil, sys, time
 from pathlib import Path

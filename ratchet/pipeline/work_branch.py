@@ -168,8 +168,8 @@ def _pull(workspace: Workspace, names: list[str], remedy: str, say: Say) -> None
         if MISSING not in str(error):
             raise
         raise CommandError(
-            f"the DVC remote lacks data of {', '.join(names)}, or they are not what their hashes say: nothing "
-            "of them was taken",
+            f"the DVC remote lacks data of {', '.join(names)}, or they are not what their hashes say: "
+            "nothing of them was taken",
             remedy=remedy,
         ) from None
 
