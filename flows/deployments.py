@@ -4,8 +4,8 @@
 
 A deployment has its flow's name and the project's (`retrain/claims`), so projects can share a server.
 
-Runs that a schedule, an event or a person requests start here, each in a process of its own. Work pools are
-not supported.
+Runs that a schedule, an event or a person requests start here, each in a process of its own. Stages in
+work pools: flows/execution.py.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from ratchet.errors import CheckoutError, CommandError, RatchetError, StageError
 from ratchet.pipeline.checkout import Say, commit_settings, git
 from ratchet.pipeline.checkpoint_files import FOLDER, link, list_whole, restore
 from ratchet.pipeline.dag import KEYS
-from ratchet.pipeline.dvc import Workspace, configured_remote, read_stages, run_stage, stale_stages
+from ratchet.pipeline.dvc import MISSING, Workspace, configured_remote, read_stages, run_stage, stale_stages
 from ratchet.pipeline.upstream import delete_branch, fetch_branch, push_branch
 from ratchet.pipeline.workspace import clone
 
@@ -61,7 +61,7 @@ def begin(workspace: Workspace, stage: str, say: Say) -> Attempt:
             remedy="dvc remote add --default NAME URL, with a URL that both machines reach; then commit",
         )
     if inputs := _inputs(workspace, stage):
-        outlast(lambda: workspace.dvc("push", "--quiet", *inputs), say)
+        outlast(lambda: workspace.dvc("push", *inputs), say)
     tree = _write_tree(workspace)
     branch = f"ratchet/{stage}/{tree[:16]}"
     for _ in range(5):
@@ -114,7 +114,7 @@ def take(workspace: Workspace, stage: str, done: Attempt, say: Say) -> None:
     for name in changed:
         workspace.git("checkout", "--quiet", done.commit, "--", name)
     workspace.git("reset", "--quiet")
-    outlast(lambda: workspace.dvc("pull", "--quiet", stage), say)
+    _pull(workspace, [stage], f"delete the branch {done.branch} there, then run again", say)
     if stage in stale_stages(workspace):
         raise CheckoutError(
             f"what {done.branch} brought is no result of these inputs and this code",
@@ -151,13 +151,27 @@ def compute(workspace: Workspace, stage: str, attempt: Attempt, say: Say) -> Att
     Raises StageError, CommandError, SupersededError.
     """
     if inputs := _inputs(workspace, stage):
-        outlast(lambda: workspace.dvc("pull", "--quiet", *inputs), say)
+        _pull(workspace, inputs, "dvc push on the machine that retrains", say)
     say(f"{stage}: attempt {attempt.number}; pulled {', '.join(inputs) or 'nothing'}")
     _take_checkpoint(workspace, say)
     with sending_checkpoints(workspace, stage, attempt, say):
         run_stage(workspace, stage, say)
-    outlast(lambda: workspace.dvc("push", "--quiet", stage), say)
+    outlast(lambda: workspace.dvc("push", stage), say)
     return advance(workspace, stage, attempt, DONE, say)
+
+
+def _pull(workspace: Workspace, names: list[str], remedy: str, say: Say) -> None:
+    """Pull and verify data. Raises CommandError if they are not there, or are damaged."""
+    try:
+        outlast(lambda: workspace.dvc("pull", *names), say)
+    except CommandError as error:
+        if MISSING not in str(error):
+            raise
+        raise CommandError(
+            f"the DVC remote lacks data of {', '.join(names)}, or they are not what their hashes say: "
+            "nothing of them was taken",
+            remedy=remedy,
+        ) from None
 
 
 def _take_checkpoint(workspace: Workspace, say: Say) -> None:
@@ -169,7 +183,7 @@ def _take_checkpoint(workspace: Workspace, say: Say) -> None:
     if not (workspace.path / pointer).exists():
         return
     try:
-        workspace.dvc("pull", "--quiet", pointer)
+        workspace.dvc("pull", pointer)
     except CommandError as error:
         say(f"the checkpoint of an earlier attempt cannot be had: {' '.join(str(error).split())[-300:]}")
         return
@@ -224,7 +238,7 @@ def _send(workspace: Workspace, stage: str, attempt: Attempt, checkpoint: Path, 
         carrier.git("checkout", "--quiet", "--detach", tip.commit)
         link(checkpoint, path / CHECKPOINT / checkpoint.parent.name / checkpoint.name)
         carrier.dvc("add", "--quiet", str(CHECKPOINT))
-        carrier.dvc("push", "--quiet", f"{CHECKPOINT}.dvc")
+        carrier.dvc("push", f"{CHECKPOINT}.dvc")
         advance(carrier, stage, attempt, SAVED, say)
     say(f"{checkpoint.name} is pushed: another machine could go on from it")
 
@@ -254,17 +268,17 @@ def forget(workspace: Workspace, branches: list[str]) -> None:
         delete_branch(workspace, branch)
 
 
-def outlast(work: Callable[[], T], say: Say, seconds: float = OUTAGE_SECONDS) -> T:
-    """Run `work`, again and again for `seconds` while it raises CommandError, and return its result.
+def outlast(work: Callable[[], T], say: Say) -> T:
+    """Run `work`, again and again for five minutes while it raises CommandError, and return its result.
 
     Raises the last CommandError.
     """
-    until, pause = time.monotonic() + seconds, 1.0
+    until, pause = time.monotonic() + OUTAGE_SECONDS, 1.0
     while True:
         try:
             return work()
         except CommandError as error:
-            if time.monotonic() + pause > until or "md5" in str(error):
+            if time.monotonic() + pause > until or MISSING in str(error):
                 raise
             say(f"tried again in {pause:.0f} s: {' '.join(str(error).split())[-200:]}")
         time.sleep(pause)

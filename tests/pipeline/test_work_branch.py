@@ -7,10 +7,10 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from places import commit, make_repository, use_git_without_a_user, write_files
+from two_machines import LEARN, Machines, make_machines
 
 from ratchet.errors import CheckoutError, CommandError, StageError, SupersededError
 from ratchet.files import sha256_file
@@ -33,57 +33,6 @@ from ratchet.pipeline.work_branch import (
 )
 from ratchet.pipeline.workspace import open_workspace
 
-# `learn` counts to six, keeps what it has in a checkpoint a step, and goes on from the newest; a file `wait`
-# in the checkout lets it stop after three until the file is gone.
-LEARN = """
-import json, os, shutil, sys, time
-from pathlib import Path
-root = Path(os.environ["RATCHET_ROOT"])
-folder = root / ".ratchet/checkpoints/key"
-done = sorted(folder.glob("step-*/manifest.json"))
-numbers = json.loads(done[-1].read_text()) if done else []
-print("from", len(numbers), flush=True)
-while len(numbers) < 6:
-    numbers.append(len(numbers) ** 2)
-    half = folder / ".half"
-    half.mkdir(parents=True)
-    (half / "manifest.json").write_text(json.dumps(numbers))
-    half.rename(folder / f"step-{len(numbers):08d}")
-    while len(numbers) == 3 and (root / "wait").exists():
-        time.sleep(0.05)
-out = Path("models/learned")
-out.mkdir(parents=True)
-(out / "weights").write_text(json.dumps(numbers) + Path("data/made").read_text())
-(out / "words").write_text("two files")
-shutil.rmtree(folder)
-"""
-DAG = f"""
-stages:
-  code:
-    cmd: mkdir -p data/code
-    outs: [data/code]
-  make:
-    cmd: {sys.executable} -c "open('data/made', 'w').write('made')"
-    outs: [data/made]
-  learn:
-    cmd: {sys.executable} learn.py
-    deps: [learn.py, data/made]
-    outs: [models/learned]
-  after:
-    cmd: wc -c < models/learned/weights > reports/after
-    deps: [models/learned]
-    outs: [reports/after]
-  wrong:
-    cmd: {sys.executable} -c "import sys; print('the rate is wrong'); sys.exit(2)"
-    deps: [data/made]
-"""
-
-
-class Machines(NamedTuple):
-    hub: Path
-    other: Path
-    store: Path
-
 
 @pytest.fixture(autouse=True)
 def _plain_git(monkeypatch):
@@ -94,22 +43,7 @@ def _plain_git(monkeypatch):
 
 @pytest.fixture
 def machines(tmp_path) -> Machines:
-    store = tmp_path / "a store"
-    hub = make_repository(
-        tmp_path / "hub",
-        {
-            "dvc.yaml": DAG,
-            "learn.py": LEARN,
-            ".dvc/config": f"[core]\n    remote = store\n['remote \"store\"']\n    url = {store}\n",
-            "data/.gitignore": "/made\n/code\n",
-            "models/.gitignore": "/learned\n",
-            "reports/.gitignore": "/after\n",
-        },
-    )
-    git(tmp_path, "clone", "--quiet", "--bare", str(hub), "origin.git")
-    git(hub, "remote", "add", "origin", str(tmp_path / "origin.git"))
-    git(tmp_path, "clone", "--quiet", "origin.git", "other")
-    return Machines(hub, tmp_path / "other", store)
+    return make_machines(tmp_path)
 
 
 def quiet(line: str) -> None:
@@ -119,10 +53,10 @@ def quiet(line: str) -> None:
 def work(machine: Path, attempt: Attempt, say=quiet) -> Attempt:
     """What a worker does with an attempt."""
     with open_attempt(machine, attempt, say) as workspace:
-        return compute(workspace, "learn", attempt, say)
+        return compute(workspace, "train", attempt, say)
 
 
-def asked(workspace: Workspace, stage: str = "learn") -> Attempt:
+def asked(workspace: Workspace, stage: str = "train") -> Attempt:
     run_stage(workspace, "make", quiet)
     return begin(workspace, stage, quiet)
 
@@ -135,7 +69,7 @@ def another_machine(machines: Machines) -> Path:
 def test_a_stage_that_was_done_elsewhere_is_unchanged_here_and_has_the_bytes_of_one_done_here(machines):
     with open_workspace(machines.hub, "test", quiet) as workspace:
         run_stage(workspace, "make", quiet)
-        run_stage(workspace, "learn", quiet)
+        run_stage(workspace, "train", quiet)
         here = (workspace.path / "dvc.lock").read_text()
         bytes_here = sha256_file(workspace.path / "models/learned/weights")
     with open_workspace(machines.hub, "test", quiet) as workspace:
@@ -144,11 +78,11 @@ def test_a_stage_that_was_done_elsewhere_is_unchanged_here_and_has_the_bytes_of_
         assert not (machines.other / ".dvc/cache/files").exists()
         done = work(machines.other, attempt)
         assert not (workspace.path / "models/learned").exists()
-        take(workspace, "learn", done, quiet)
+        take(workspace, "train", done, quiet)
         assert sha256_file(workspace.path / "models/learned/weights") == bytes_here
         assert (workspace.path / "dvc.lock").read_text() == here
-        assert run_stage(workspace, "learn", quiet) is False
-        assert "learn" not in stale_stages(workspace)
+        assert run_stage(workspace, "train", quiet) is False
+        assert "train" not in stale_stages(workspace)
         assert git(machines.hub, "log", "--format=%s", "-1").strip() == "Add files", "nothing has landed"
         forget(workspace, [done.branch])
         assert read(workspace, done.branch) is None
@@ -171,7 +105,7 @@ def test_another_machine_goes_on_from_the_checkpoint_of_one_that_was_killed(mach
             "from pathlib import Path; from ratchet.pipeline import work_branch as w; w.CHECK_SECONDS = 0.1\n"
             f"attempt = w.Attempt(*{tuple(attempt)!r})\n"
             f"with w.open_attempt(Path({str(machines.other)!r}), attempt, print) as workspace:\n"
-            "    w.compute(workspace, 'learn', attempt, lambda line: print(line, flush=True))\n"
+            "    w.compute(workspace, 'train', attempt, lambda line: print(line, flush=True))\n"
         )
         with subprocess.Popen(
             [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True
@@ -183,11 +117,11 @@ def test_another_machine_goes_on_from_the_checkpoint_of_one_that_was_killed(mach
         (machines.other / "wait").unlink()  # its stage may end, unseen by anybody
         tip = read(workspace, attempt.branch)
         assert tip and tip.state == SAVED
-        again = begin(workspace, "learn", quiet)
+        again = begin(workspace, "train", quiet)
         assert (again.number, again.branch) == (2, attempt.branch)
         done = work(another_machine(machines), again, told.append)
         assert "from 3" in told and any("took step-00000003" in line for line in told)
-        take(workspace, "learn", done, quiet)
+        take(workspace, "train", done, quiet)
         weights = (workspace.path / "models/learned/weights").read_text()
         assert weights == json.dumps([0, 1, 4, 9, 16, 25]) + "made"
         assert workspace.git("status", "--porcelain", "checkpoint.dvc") == ""
@@ -214,17 +148,17 @@ def test_a_machine_that_was_thought_lost_cannot_write_when_it_wakes_up(machines)
         thread = threading.Thread(target=sleeper)
         thread.start()
         assert waits.wait(200)
-        second = begin(workspace, "learn", quiet)
+        second = begin(workspace, "train", quiet)
         (machines.other / "wait").unlink()  # the machine wakes up, with three steps still to do
         thread.join(200)
         assert "attempt 1 is over" in str(faults[0])
         assert read(workspace, first.branch) == second
         with open_attempt(machines.other, second, quiet) as late:
             with pytest.raises(SupersededError, match="is at attempt 2"):
-                advance(late, "learn", first, DONE, quiet)
+                advance(late, "train", first, DONE, quiet)
             forget(workspace, [first.branch])
             with pytest.raises(SupersededError, match="is gone"):
-                advance(late, "learn", second, DONE, quiet)
+                advance(late, "train", second, DONE, quiet)
         assert read(workspace, first.branch) is None
         with pytest.raises(CheckoutError, match="has no branch"):
             work(machines.other, second)
@@ -238,13 +172,13 @@ def test_a_push_between_two_looks_is_refused_by_the_remote_itself(machines, monk
 
         def late(other, *arguments):
             monkeypatch.setattr(work_branch, "push_branch", push)
-            begin(workspace, "learn", quiet)
+            begin(workspace, "train", quiet)
             return push(other, *arguments)
 
         with open_attempt(machines.other, first, quiet) as other:
             monkeypatch.setattr(work_branch, "push_branch", late)
             with pytest.raises(SupersededError, match="is at attempt 2"):
-                advance(other, "learn", first, DONE, quiet)
+                advance(other, "train", first, DONE, quiet)
         tip = read(workspace, first.branch)
         assert tip and (tip.number, tip.state) == (2, BEGUN)
 
@@ -265,8 +199,8 @@ def test_outputs_that_did_not_all_arrive_are_never_taken_for_complete(machines):
         for path in files.iterdir():
             if path.is_file():
                 path.unlink()
-        take(workspace, "learn", work(machines.other, begin(workspace, "learn", quiet)), quiet)
-        assert run_stage(workspace, "learn", quiet) is False
+        take(workspace, "train", work(machines.other, begin(workspace, "train", quiet)), quiet)
+        assert run_stage(workspace, "train", quiet) is False
 
 
 @pytest.mark.parametrize("how", ["damaged", "cut", "away"])
@@ -284,8 +218,9 @@ def test_a_damaged_object_is_refused(machines, how):
             weights.unlink()
         else:
             weights.write_bytes(b"[9" + content[2:] if how == "damaged" else content[:-5])
-        with pytest.raises(CommandError):
-            take(workspace, "learn", done, quiet)
+        with pytest.raises(CommandError) as caught:
+            take(workspace, "train", done, quiet)
+        assert "not what their hashes say" in str(caught.value) or how == "away"
         assert not (workspace.path / "models/learned/weights").exists()
         assert not any(
             path.is_file() and path.read_bytes().startswith((b"[9", b"[0, 1"))
@@ -308,7 +243,7 @@ def test_a_branch_that_changes_code_is_refused(machines):
         found = read(workspace, attempt.branch)
         assert found and found.state == DONE
         with pytest.raises(CheckoutError, match=r"changes learn\.py, which no stage writes"):
-            take(workspace, "learn", found, quiet)
+            take(workspace, "train", found, quiet)
         assert (workspace.path / "learn.py").read_text() == LEARN
 
 
