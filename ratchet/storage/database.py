@@ -5,6 +5,7 @@ One database belongs to one project: the first process that opens it writes the 
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 from collections.abc import Iterator
@@ -97,6 +98,15 @@ def open_database(url: str, project: str) -> Database:
         if (url, project) not in _opened:
             _opened[url, project] = Database(url, project)
         return _opened[url, project]
+
+
+@atexit.register
+def close_databases() -> None:
+    """Close this process's connections to shared databases; the next use opens them anew."""
+    with _lock:
+        for database in _opened.values():
+            database.engine.dispose()
+        _opened.clear()
 
 
 def find_url(root: Path) -> tuple[str, str]:

@@ -91,7 +91,7 @@ def test_without_a_url_the_state_is_in_files(tmp_path: Path, monkeypatch: pytest
     "url", ["postgresql://ana:secret@host/claims", "postgresql://host/claims?user=ana&password=secret"]
 )
 def test_a_password_in_params_is_refused(url: str) -> None:
-    with pytest.raises(ConfigError, match=r"storage\.url holds a password.*PGPASSWORD"):
+    with pytest.raises(ConfigError, match=r"(?s)storage\.url holds a password.*PGPASSWORD"):
         parse_config({"storage": {"url": url}}, Path("params.yaml"))
 
 
