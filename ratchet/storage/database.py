@@ -147,6 +147,8 @@ def complete(url: str) -> str:
         raise ConfigError(
             "storage.url is no SQLAlchemy URL", remedy="such as postgresql+psycopg://user@host/claims"
         ) from None
+    if parsed.drivername == "postgres":  # as some hosts write it
+        parsed = parsed.set(drivername="postgresql")
     if parsed.get_backend_name() != "postgresql":
         raise ConfigError(
             f"storage.url names {parsed.get_backend_name()}, and only PostgreSQL keeps shared state",

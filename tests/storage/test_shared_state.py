@@ -100,6 +100,8 @@ def test_only_postgresql_is_taken_and_its_driver_is_ours(
 ) -> None:
     monkeypatch.setenv(URL_VARIABLE, "postgresql://ana@host/claims")
     assert find_url(tmp_path)[0] == "postgresql+psycopg://ana@host/claims"
+    monkeypatch.setenv(URL_VARIABLE, "postgres://ana@host/claims")
+    assert find_url(tmp_path)[0] == "postgresql+psycopg://ana@host/claims"
     monkeypatch.setenv(URL_VARIABLE, "sqlite:///here.db")
     with pytest.raises(ConfigError, match="only PostgreSQL"):
         find_url(tmp_path)
