@@ -124,11 +124,14 @@ class Doorkeeper:
         self._ended.set()
 
     def _follow(self) -> None:
+        told = ""
         while not self._ended.wait(FOLLOW_SECONDS):
             try:
-                self._content = read_document(self._root, FILE)
+                self._content, told = read_document(self._root, FILE), ""
             except RatchetError as error:
-                log.warning("API keys stay as they were: %s", error)
+                if str(error) != told:
+                    log.warning("API keys stay as they were: %s", error)
+                told = str(error)
 
     def admit(self, header: str, scope: str) -> Key:
         """Return the key that an `Authorization` header holds.

@@ -5,6 +5,7 @@ One database belongs to one project: the first process that opens it writes the 
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 from collections.abc import Iterator
@@ -99,6 +100,15 @@ def open_database(url: str, project: str) -> Database:
         return _opened[url, project]
 
 
+@atexit.register
+def close_databases() -> None:
+    """Close this process's connections to shared databases; the next use opens them anew."""
+    with _lock:
+        for database in _opened.values():
+            database.engine.dispose()
+        _opened.clear()
+
+
 def find_url(root: Path) -> tuple[str, str]:
     """Return the URL of the shared storage, empty for files, and the project's name."""
     path, given = root / "params.yaml", os.environ.get(URL_VARIABLE, "")
@@ -137,6 +147,8 @@ def complete(url: str) -> str:
         raise ConfigError(
             "storage.url is no SQLAlchemy URL", remedy="such as postgresql+psycopg://user@host/claims"
         ) from None
+    if parsed.drivername == "postgres":  # as some hosts write it
+        parsed = parsed.set(drivername="postgresql")
     if parsed.get_backend_name() != "postgresql":
         raise ConfigError(
             f"storage.url names {parsed.get_backend_name()}, and only PostgreSQL keeps shared state",

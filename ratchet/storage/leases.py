@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SECONDS = 30.0  # after which a lease that nobody renews is free
 RENEWALS = 3  # in that time
-POLL_SECONDS = 0.3  # between two tries for a lease that another process holds
+POLL_SECONDS, MOST_SECONDS = 0.2, 2.0  # between two tries for a lease that another process holds
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,12 @@ def hold(database: Database, name: str, *, wait: bool) -> Iterator[Lease]:
 
     Raises TakenError if another process holds it and `wait` is False, ServiceError.
     """
+    pause = POLL_SECONDS
     while (found := _take(database, name)) is None or isinstance(found, Holder):
         if found is not None and not wait:
             raise TakenError(found)
-        time.sleep(POLL_SECONDS)
+        time.sleep(pause)
+        pause = min(1.5 * pause, MOST_SECONDS)
     lease, ended = found, threading.Event()
     renewing = threading.Thread(target=_renew, args=(lease, ended), name=f"lease {name}", daemon=True)
     renewing.start()

@@ -91,7 +91,7 @@ def test_without_a_url_the_state_is_in_files(tmp_path: Path, monkeypatch: pytest
     "url", ["postgresql://ana:secret@host/claims", "postgresql://host/claims?user=ana&password=secret"]
 )
 def test_a_password_in_params_is_refused(url: str) -> None:
-    with pytest.raises(ConfigError, match=r"storage\.url holds a password.*PGPASSWORD"):
+    with pytest.raises(ConfigError, match=r"(?s)storage\.url holds a password.*PGPASSWORD"):
         parse_config({"storage": {"url": url}}, Path("params.yaml"))
 
 
@@ -99,6 +99,8 @@ def test_only_postgresql_is_taken_and_its_driver_is_ours(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(URL_VARIABLE, "postgresql://ana@host/claims")
+    assert find_url(tmp_path)[0] == "postgresql+psycopg://ana@host/claims"
+    monkeypatch.setenv(URL_VARIABLE, "postgres://ana@host/claims")
     assert find_url(tmp_path)[0] == "postgresql+psycopg://ana@host/claims"
     monkeypatch.setenv(URL_VARIABLE, "sqlite:///here.db")
     with pytest.raises(ConfigError, match="only PostgreSQL"):

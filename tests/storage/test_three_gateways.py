@@ -27,6 +27,7 @@ from stub_upstream import Stub
 from flows.promotion import roll_back
 from ratchet.config.data import ProjectConfig
 from ratchet.config.params import Config
+from ratchet.errors import ServiceError
 from ratchet.monitoring.request_log import open_log
 from ratchet.promotion.champion import publish_newer, read_champion
 from ratchet.promotion.rollout import finish, pause, read_rollout, resume
@@ -180,7 +181,22 @@ def time_until(gateways: list[Gateway], holds: Callable[[Gateway], Any], since: 
     return time.monotonic() - since
 
 
-def test_users_keep_their_version_and_no_request_fails(hub: Path, gateways: list[Gateway]) -> None:
+@contextmanager
+def away(url: str) -> Iterator[None]:
+    """Let the database refuse everybody for a while."""
+    name = url.rpartition("/")[2]
+    with connect(int(url.rpartition(":")[2].partition("/")[0])) as connection:
+        connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+        connection.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [name]
+        )
+        try:
+            yield
+        finally:
+            connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+
+
+def test_users_keep_their_version_and_no_request_fails(hub: Path, gateways: list[Gateway], url: str) -> None:
     a, b, c = gateways
     assert {gateway.version_for("ana") for gateway in gateways} == {1}
 
@@ -230,6 +246,13 @@ def test_users_keep_their_version_and_no_request_fails(hub: Path, gateways: list
         assert c.version_for(tried) == 1, "who comes back follows at once"
     print(f"seconds: pause {paused:.2f}, resume {resumed:.2f}, promote {promoted:.2f}, back {returned:.2f}")
     assert max(paused, resumed, promoted, returned) <= scaled(SEEN_SECONDS)
+    with traffic(Balancer(gateways)) as answers, away(url):
+        before = len(answers)
+        wait_for(lambda: len(answers) > before + 60)
+        with pytest.raises(ServiceError):
+            roll_back(hub, CONFIG, reason="worse still", say=print)
+    assert b.version_for(tried) == 1
+
     champion = read_champion(hub)
     assert champion is not None and (champion.version, champion.adapter_sha256) == (1, digest(1))
     log = open_log(hub, CONFIG)
