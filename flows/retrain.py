@@ -96,7 +96,7 @@ def retrain(
     """
     home = project_root(root)
     if sync:
-        take_in(home)
+        take_in(home, say)
     config = load_config(home / "params.yaml")
     region = Region(msgspec.convert(topics, list[Topic])) if topics else None
     for source in (
@@ -110,7 +110,7 @@ def retrain(
         do = train_with_nodes if config.retrain.trains_with == "nodes" else go_round
         done = do(workspace, config, reason, stale)
     if sync:
-        give_back(home)
+        give_back(home, say)
     return done
 
 
