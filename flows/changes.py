@@ -47,7 +47,7 @@ def find_changes(
 
     Raises UserError: there is no such commit; CheckoutError: uncommitted changes, or rows that are not here.
     """
-    before = _commit(home, since)
+    before = _common_commit(home, since)
     with open_workspace(home, "changes", say, keep_failed=0) as workspace:
         head = workspace.git("rev-parse", "HEAD").strip()
         workspace.git("fetch", "--quiet", "origin", before)
@@ -86,7 +86,11 @@ def find_changes(
         )
 
 
-def _commit(home: Path, since: str) -> str:
+def _common_commit(home: Path, since: str) -> str:
+    """Return the newest commit that HEAD and `since` have in common: what `since` got later is no change.
+
+    Raises UserError.
+    """
     try:
         return git(
             home, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{since}^{{commit}}"

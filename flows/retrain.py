@@ -98,7 +98,7 @@ def retrain(
     """
     home = project_root(root)
     if sync:
-        take_in(home)
+        take_in(home, say)
     config = load_config(home / "params.yaml")
     with_nodes = config.retrain.trains_with == "nodes"
     if with_nodes:
@@ -115,7 +115,7 @@ def retrain(
         do = train_with_nodes if with_nodes else go_round
         done = do(workspace, config, reason, stale)
     if sync and config.landing == "checkout":
-        give_back(home)
+        give_back(home, say)
     return done
 
 

@@ -9,14 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from flows.console import say
 from ratchet.errors import CheckoutError, CommandError
-from ratchet.pipeline.checkout import check_checkout, child_environment, commit_settings, git, locked
+from ratchet.pipeline.checkout import Say, check_checkout, child_environment, commit_settings, git, locked
 
 REMOTE, TRIES = "origin", 3
 
 
-def take_in(root: Path) -> None:
+def take_in(root: Path, say: Say) -> None:
     """Merge the remote's commits on this branch into the checkout.
 
     Raises CheckoutError: uncommitted changes, no remote, or both sides changed the same lines.
@@ -38,7 +37,7 @@ def take_in(root: Path) -> None:
         subprocess.run(command, cwd=root, env=child_environment(), capture_output=True, check=False)
 
 
-def give_back(root: Path) -> None:
+def give_back(root: Path, say: Say) -> None:
     """Push the branch and the versions' tags; if others pushed meanwhile, merge and push again.
 
     Raises CheckoutError, CommandError.

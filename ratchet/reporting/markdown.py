@@ -69,7 +69,7 @@ def model_card(metrics: Metrics, verdict: Verdict, facts: dict[str, str]) -> str
         "",
     ]
     lines += [
-        f"- {mark(check.result)} {_plain(check.reason) if check.name == 'parity' else check.reason}"
+        f"- {mark(check.result)} {_plain(check.reason) if _quotes_data(check) else check.reason}"
         for check in [*verdict.checks, *verdict.shown_worth, *verdict.regions]
     ]
     lines += [f"- {verdict.speed.text}"] if verdict.speed else []
@@ -85,6 +85,11 @@ def model_card(metrics: Metrics, verdict: Verdict, facts: dict[str, str]) -> str
     lines += _score_table("Exact match by batch", ["batch", "rows"], batches)
     lines += ["", "### Where it comes from", ""]
     return "\n".join([*lines, *(f"- {key}: {value}" for key, value in facts.items())]) + "\n"
+
+
+def _quotes_data(check: Check) -> bool:
+    """Return whether the reason quotes rows: a drifted topic is named by their words."""
+    return check.name == "parity" or check.name.startswith("region")
 
 
 def audit_lines(metrics: Metrics, verdict: Verdict) -> list[str]:
@@ -116,7 +121,8 @@ def drift_card(found: Recorded) -> str:
         lines += [f"| {name} | {p:.4f} |" for p, name in told]
     for topic in found.topics:
         shares = f"{topic.share:.1%} of the requests, {topic.reference_share:.1%} of the reference"
-        lines += ["", f"**{topic.name}**: {shares}", "", *(f"> {example}" for example in topic.examples)]
+        quoted = [f"> {_plain(example)}" for example in topic.examples]
+        lines += ["", f"**{_plain(topic.name)}**: {shares}", "", *quoted]
         lines += _pictures_line(topic.pictures)
     lines += _pictures_line(found.pictures)
     lines += ["", f"### Retraining: {'yes' if found.decision.retrain else 'no'}", ""]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+import cmarkgfm
 import pytest
+from cmarkgfm.cmark import Options
 
 from ratchet.evaluation.report import Metrics, decode_metrics
+from ratchet.monitoring.verdicts import Recorded, Topic
 from ratchet.promotion.verdict import Candidate, Check, Rival, Verdict
-from ratchet.reporting.markdown import LABELS, model_card
+from ratchet.reporting.markdown import LABELS, drift_card, model_card
 from ratchet.reporting.markdown import table as show_table
 
 BATCH = "20260101T000000Z-old-00000000.jsonl"
@@ -208,3 +212,17 @@ def test_every_line_of_a_table_has_as_many_cells_as_its_head(slices):
     for rows in found:
         assert len(rows) >= 3
         assert {len(cells(row)) for row in rows} == {len(cells(rows[0]))}
+
+
+def test_what_users_wrote_cannot_begin_markup_in_the_cards():
+    """GitHub's parser renders both cards, with HTML left in: only our own elements may come out."""
+    hostile = "<img src=x> ![a](b) **c** | `d` <!-- e\n\n# f"
+    region = Check("region:x", "exact_match", 9, "pass", f"drifted topic {hostile}: better")
+    shown = model_card(metrics_of({"test": MODELS}), verdict_of(regions=[region]), {})
+    topic = Topic(hostile, share=0.2, reference_share=0.1, examples=[hostile])
+    drifted = drift_card(Recorded(at=0, verdict="drift", rows=9, topics=[topic]))
+    for text in (shown, drifted):
+        html = cmarkgfm.github_flavored_markdown_to_html(text, options=Options.CMARK_OPT_UNSAFE)
+        tags = set(re.findall(r"<(?:!--|[a-z]\w*)", html))
+        assert tags & {"<img", "<!--", "<a", "<h1", "<code"} == set(), html
+        assert "&lt;img src=x&gt;" in html
