@@ -1,15 +1,19 @@
-"""Measure what a row costs in each step of a preparation by many workers, as docs/scale.md uses it.
+"""Measure what a row costs in each step of a preparation by workers, and what a request costs its client.
 
-    python -m benchmarks.scale [--rows 100000]
+    python -m benchmarks.scale [--rows 100000] [--requests 1000]
 
 Rows are those of `benchmarks.prepare`. Each step runs in this process, on one core, without datatrove around
-it: CPU seconds a row, bytes a row that it writes, and the memory that the deciding process takes a row.
+it: CPU seconds a row, bytes a row that it writes, and the memory that the deciding process takes a row. The
+requests go to two servers that answer at once, each in a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import resource
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,13 +23,35 @@ from typing import NamedTuple
 
 from benchmarks.prepare import fill
 from ratchet.config.data import PrepareConfig
+from ratchet.config.synthesis import TeacherConfig
 from ratchet.data.batches import read_manifest
 from ratchet.data.erasure import Forgotten
 from ratchet.data.examples import encode_line
 from ratchet.data.sharded import CheckShard, PairPart, ShardedRows, Source, cut
+from ratchet.llm.budget import Budget
+from ratchet.llm.client import Teacher
+from ratchet.llm.prompts import Prompt
+from ratchet.llm.replies import Score
 from tasks.prepare import Incoming, origin_of, sort_batches
 
 SHARD, PARTS = 25_000, 8
+SERVER = """
+import json, socket, uvicorn
+text = json.dumps({"score": 0.5, "reason": "it says what the question asks for"})
+choice = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+usage = {"prompt_tokens": 100, "completion_tokens": 16}
+answer = json.dumps({"choices": [choice], "usage": usage}).encode()
+async def app(scope, receive, send):
+    while (await receive()).get("more_body"):
+        pass
+    head = [(b"content-type", b"application/json")]
+    await send({"type": "http.response.start", "status": 200, "headers": head})
+    await send({"type": "http.response.body", "body": answer})
+listener = socket.socket()
+listener.bind(("127.0.0.1", 0))
+print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
+uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off")).run(sockets=[listener])
+"""
 
 
 class Cost(NamedTuple):
@@ -42,7 +68,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", type=int, default=100_000)
-    rows = parser.parse_args().rows
+    parser.add_argument("--requests", type=int, default=1000)
+    arguments = parser.parse_args()
+    rows = arguments.rows
     print("| step | CPU µs a row | bytes a row on the disk | bytes a row in memory |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as warm:
         measure(Path(warm), 500)  # loads what is loaded once
@@ -53,6 +81,38 @@ def main() -> None:
                 f"{f'{cost.mib * 2**20 / rows:,.0f}' if cost.mib else ''} |",
                 flush=True,
             )
+
+    seconds = measure_client(arguments.requests)
+    print(f"\na request to a model: {seconds / arguments.requests * 1e3:.2f} ms of the client's CPU")
+
+
+def measure_client(requests: int) -> float:
+    """Return the CPU seconds that the client takes for so many requests."""
+    servers = [
+        subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    try:
+        urls = [f"{server.stdout.readline().strip()}/v1" for server in servers if server.stdout]
+        return asyncio.run(ask(urls, requests))
+    finally:
+        for server in servers:
+            server.kill()
+            server.communicate()
+
+
+async def ask(urls: list[str], requests: int) -> float:
+    config = TeacherConfig(url=urls[0], more_urls=urls[1:], model="m", parallel=16)
+    teacher = Teacher(config, Budget(max_cost=0, max_tokens=sys.maxsize))
+    prompt = Prompt("p", "Score the answer.", "Is hail covered? " * 20)
+    try:
+        await teacher.ask(prompt, Score, seed=0)
+        began = time.process_time()
+        for start in range(0, requests, 100):
+            numbers = range(start, min(start + 100, requests))
+            await asyncio.gather(*(teacher.ask(prompt, Score, seed=number) for number in numbers))
+        return time.process_time() - began
+    finally:
+        await teacher.close()
 
 
 def measure(folder: Path, rows: int) -> list[Cost]:
