@@ -120,7 +120,7 @@ async def _ask_all(asks: Sequence[Ask], config: AnswerJudge, home: Path, backoff
             memory.keep(key, said.raw)
             return said.raw
 
-        slots = asyncio.Semaphore(config.parallel)
+        slots = asyncio.Semaphore(config.width)
         keys = [_key(config, ask) for ask in asks]
         once = dict(zip(keys, asks, strict=True))  # equal answers of two models are one question
         try:

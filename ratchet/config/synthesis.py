@@ -21,6 +21,11 @@ class EndpointConfig(Section):
         default="",
         description="base URL, such as `http://127.0.0.1:8000/v1` or `https://api.anthropic.com/v1`",
     )
+    more_urls: list[str] = Field(
+        default=[],
+        description="base URLs of further servers of the same model, with the same key; requests go to the "
+        "least busy one, and those of a server that fails or is slow go to the others",
+    )
     model: str = Field(default="", description="name of the model at that endpoint")
     key_env: str = Field(
         default="RATCHET_TEACHER_KEY",
@@ -46,9 +51,12 @@ class EndpointConfig(Section):
     requests_per_minute: int = Field(
         default=0,
         ge=0,
-        description="requests per minute, evenly spaced; set it to the endpoint's rate limit; 0: no limit",
+        description="requests per minute and server, evenly spaced; set it to the endpoint's rate limit; "
+        "0: no limit",
     )
-    parallel: int = Field(default=4, ge=1, le=256, description="requests in flight at the same time")
+    parallel: int = Field(
+        default=4, ge=1, le=256, description="requests in flight at the same time, at each server"
+    )
     timeout: float = Field(default=120.0, gt=0, description="seconds to wait for one answer")
     tries: int = Field(
         default=5,
@@ -56,6 +64,16 @@ class EndpointConfig(Section):
         le=20,
         description="attempts per request when the endpoint is busy, fails or cannot be reached",
     )
+
+    @property
+    def urls(self) -> list[str]:
+        """Return the base URLs of all servers."""
+        return [self.url, *self.more_urls]
+
+    @property
+    def width(self) -> int:
+        """Return how many requests may be in flight at all servers together."""
+        return self.parallel * len(self.urls)
 
 
 class TeacherConfig(EndpointConfig):

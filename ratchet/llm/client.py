@@ -13,10 +13,10 @@ import asyncio
 import base64
 import os
 import random
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -29,6 +29,7 @@ from ratchet.llm.budget import Budget, Prices, Usage
 from ratchet.llm.prompts import Prompt
 from ratchet.llm.protocols import Answer, Dialect, Turn, Unreadable
 from ratchet.llm.replies import Malformed, Reply, read_reply, schema_of
+from ratchet.llm.servers import Server, Servers
 
 LONGEST_WAIT = 60.0  # seconds; a longer Retry-After is cut to this
 LONGEST_BACKOFF = 30.0  # seconds
@@ -37,7 +38,6 @@ MOST_BYTES = 8 * 2**20  # the largest answer that is parsed
 MOST_PICTURE_TOKENS = 40_000  # of a picture of 1,024 pixels; the dearest known endpoint counts 25,500
 OVERHEAD = 512  # tokens that a chat template and a schema may add to a prompt
 MOST_ADAPTED = 5  # changes of one body: three options left out, one renamed, one to spare
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 REPAIR = (
     "That was not the JSON that was asked for: {fault}. "
     "Answer again with the one JSON object and nothing else."
@@ -84,27 +84,15 @@ class Teacher:
         self._key = read_key(config, section)
         self._prices = Prices(config.input_price, config.output_price)
         self._dialect = Dialect(config)
-        self._slots = asyncio.Semaphore(config.parallel)
-        self._next_start = 0.0
+        self._servers = Servers(config, self._dialect.headers(self._key))
         self.requests = 0
-        local = urlsplit(config.url).hostname in LOOPBACK
-        self._http = httpx.AsyncClient(
-            timeout=httpx.Timeout(config.timeout, connect=min(10.0, config.timeout)),
-            limits=httpx.Limits(
-                max_connections=config.parallel,
-                max_keepalive_connections=config.parallel,
-                keepalive_expiry=3.0,  # seconds; uvicorn closes an idle connection after 5
-            ),
-            headers={"content-type": "application/json", **self._dialect.headers(self._key)},
-            trust_env=not local,  # a proxy from the environment cannot reach our loopback
-        )
 
     @property
     def model(self) -> str:
         return self._config.model
 
     async def close(self) -> None:
-        await self._http.aclose()
+        await self._servers.close()
 
     async def ask(self, prompt: Prompt, shape: type[Reply], *, seed: int) -> Said:
         """Return an answer of the given shape; ask a second time if the first answer is malformed.
@@ -141,25 +129,44 @@ class Teacher:
     async def _complete(
         self, prompt: Prompt, turns: Sequence[Turn], schema: dict[str, Any] | None, seed: int
     ) -> Answer:
-        """Return the answer; retry temporary failures, and leave out options that the endpoint refuses."""
-        tries, adapted = 0, 0
+        """Return the answer; retry temporary failures, at another server where there is one."""
+        tries = 0
         pictures = [base64.b64encode(picture).decode() for picture in prompt.pictures]
-        async with self._slots:
-            while True:
-                body = self._dialect.body(prompt.system, turns, schema=schema, seed=seed, pictures=pictures)
-                try:
-                    return await self._paid(body, pictures)
-                except _Passing as error:
-                    tries += 1
-                    if tries >= self._config.tries:
-                        raise AskError(error.reason, str(error)) from None
-                    await asyncio.sleep(self.choose_wait(tries, error.retry_after))
-                except _Refused as error:
-                    adapted += 1
-                    if adapted > MOST_ADAPTED or not self._dialect.adapt(error.status, error.said, body):
-                        raise self._final(error, shown=bool(pictures)) from None
+        tried: list[Server] = []  # since the last wait
 
-    async def _paid(self, body: dict[str, Any], pictures: Sequence[str] = ()) -> Answer:
+        def make_body() -> dict[str, Any]:
+            return self._dialect.body(prompt.system, turns, schema=schema, seed=seed, pictures=pictures)
+
+        while True:
+            try:
+                return await self._servers.send(partial(self._fitted, make_body, pictures), tried)
+            except _Passing as error:
+                tried.append(error.server)
+                if self._servers.others(tried):
+                    continue  # at once, at another server
+                tries, tried = tries + 1, []
+                if tries >= self._config.tries:
+                    raise AskError(error.reason, str(error)) from None
+                wait = self.choose_wait(tries, error.retry_after)
+                if error.retry_after is not None:
+                    error.server.hold_back(wait)  # all other requests too
+                await asyncio.sleep(wait)
+
+    async def _fitted(
+        self, make_body: Callable[[], dict[str, Any]], pictures: Sequence[str], server: Server
+    ) -> Answer:
+        """Return the server's answer; leave out the options that it refuses."""
+        adapted = 0
+        while True:
+            body = make_body()
+            try:
+                return await self._paid(body, pictures, server)
+            except _Refused as error:
+                adapted += 1
+                if adapted > MOST_ADAPTED or not self._dialect.adapt(error.status, error.said, body):
+                    raise self._final(error, shown=bool(pictures)) from None
+
+    async def _paid(self, body: dict[str, Any], pictures: Sequence[str], server: Server) -> Answer:
         """Send one request: reserve its highest cost before, settle its real cost after.
 
         If the endpoint reports no usage, the highest possible usage counts. The answer is redacted.
@@ -170,10 +177,12 @@ class Teacher:
         ticket = await self._budget.hold(most, self._prices)
         used = Usage()
         try:
-            answer = await self._send(raw)
+            answer = await self._send(raw, server)
+            server.worked()
             used = answer.usage or Usage(most.input, min(most.output, len(answer.text.encode())))
             return answer._replace(text=self.redact(answer.text), usage=used)
         except _Passing as error:
+            server.failed(error.retry_after and min(LONGEST_WAIT, error.retry_after))
             used = most if error.maybe_paid else used  # a lost answer may still be billed
             raise
         except asyncio.CancelledError:
@@ -182,34 +191,41 @@ class Teacher:
         finally:
             await asyncio.shield(self._budget.settle(ticket, used, self._prices))
 
-    async def _send(self, raw: bytes) -> Answer:
-        await self._pace()
+    def _name(self, server: Server) -> str:
+        """Return the key of params.yaml that names the server."""
+        place = self._servers.all.index(server)
+        return f"{self._section}.more_urls[{place - 1}]" if place else f"{self._section}.url"
+
+    async def _send(self, raw: bytes, server: Server) -> Answer:
+        await server.pace()
         self.requests += 1
         try:
-            response = await self._http.post(self._config.url.rstrip("/") + self._dialect.path, content=raw)
+            response = await server.http.post(server.url + self._dialect.path, content=raw)
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
             raise _Passing(
-                "unreachable", f"{self._section}.url does not answer: {type(error).__name__}"
+                server, "unreachable", f"{self._name(server)} does not answer: {type(error).__name__}"
             ) from None
         except httpx.TimeoutException:
             raise _Passing(
+                server,
                 "timeout",
                 f"no answer within {self._config.timeout:g} s ({self._section}.timeout)",
                 maybe_paid=True,
             ) from None
         except httpx.TransportError as error:
             raise _Passing(
-                "broken_off", f"the connection broke: {type(error).__name__}", maybe_paid=True
+                server, "broken_off", f"the connection broke: {type(error).__name__}", maybe_paid=True
             ) from None
         if response.status_code == 429 or response.status_code >= 500 or response.status_code == 408:
             reason = "rate_limited" if response.status_code == 429 else "endpoint_error"
             raise _Passing(
+                server,
                 reason,
                 self._quote(response),
                 retry_after=read_retry_after(response.headers.get("retry-after", "")),
             )
         if response.status_code != 200:
-            raise _Refused(response.status_code, self._quote(response), self.redact(response.text))
+            raise _Refused(server, response.status_code, self._quote(response), self.redact(response.text))
         if len(response.content) > MOST_BYTES:
             raise AskError(
                 "unreadable", f"an answer of {len(response.content)} bytes; at most {MOST_BYTES} are read"
@@ -221,23 +237,12 @@ class Teacher:
                 "unreadable", f"{error}; {self._section}.url and .protocol name what answers there"
             ) from None
 
-    async def _pace(self) -> None:
-        """Wait for this request's turn: `requests_per_minute` spaces the starts evenly."""
-        now = time.monotonic()
-        start = max(now, self._next_start)
-        if self._config.requests_per_minute:
-            self._next_start = start + 60.0 / self._config.requests_per_minute
-        if start > now:
-            await asyncio.sleep(start - now)
-
     def choose_wait(self, tries: int, retry_after: float | None) -> float:
-        """Return the seconds to wait before the next try; a Retry-After delays all other requests too."""
+        """Return the seconds to wait before the next try."""
         if retry_after is None:
             longest = min(LONGEST_BACKOFF, self._backoff * 2.0 ** (tries - 1))
             return longest * random.uniform(0.5, 1.0)  # noqa: S311 (no secret)
-        wait = min(LONGEST_WAIT, retry_after)
-        self._next_start = max(self._next_start, time.monotonic() + wait)
-        return wait
+        return min(LONGEST_WAIT, retry_after)
 
     def _quote(self, response: httpx.Response) -> str:
         """Return status and message of an error response, without surrounding JSON and without the key."""
@@ -264,8 +269,8 @@ class Teacher:
             )
         if error.status in (404, 405) or 300 <= error.status < 400:
             return ConfigError(
-                f"the teacher at {self._config.url} answers {error}",
-                remedy=f"{self._section}.url is the base before {self._dialect.path}, "
+                f"the teacher at {error.server.url} answers {error}",
+                remedy=f"{self._name(error.server)} is the base before {self._dialect.path}, "
                 f"mostly ending with /v1; {self._section}.model is {self._config.model!r}",
             )
         hint = "; the request showed a picture, so the model may be one that sees none" if shown else ""
@@ -276,18 +281,25 @@ class _Passing(Exception):
     """A temporary failure: a later try may succeed; `maybe_paid`: the endpoint may bill the lost answer."""
 
     def __init__(
-        self, reason: str, message: str, *, retry_after: float | None = None, maybe_paid: bool = False
+        self,
+        server: Server,
+        reason: str,
+        message: str,
+        *,
+        retry_after: float | None = None,
+        maybe_paid: bool = False,
     ) -> None:
         super().__init__(message)
+        self.server = server
         self.reason, self.retry_after, self.maybe_paid = reason, retry_after, maybe_paid
 
 
 class _Refused(Exception):
     """The endpoint refused a body; `said` is its whole response, in which `adapt` looks for options."""
 
-    def __init__(self, status: int, message: str, said: str) -> None:
+    def __init__(self, server: Server, status: int, message: str, said: str) -> None:
         super().__init__(message)
-        self.status, self.said = status, said
+        self.server, self.status, self.said = server, status, said
 
 
 def _fault(answer: Answer, shape: type[Reply]) -> str:
@@ -309,8 +321,15 @@ def _check_address(config: EndpointConfig, section: str) -> None:
             f"{section}.url is empty: no model is named that writes rows",
             remedy=f"set {section}.url to the base URL of an endpoint, {example}, and {section}.model",
         )
+    for number, url in enumerate(config.urls):
+        _check_url(url, f"{section}.more_urls" if number else f"{section}.url", example, config.key_env)
+    if not config.model:
+        raise ConfigError(f"{section}.model is empty", remedy="name a model that the endpoint serves")
+
+
+def _check_url(url: str, key: str, example: str, key_env: str) -> None:
     try:
-        parts = urlsplit(config.url)
+        parts = urlsplit(url)
         whole = (
             parts.scheme in ("http", "https")
             and bool(parts.hostname)
@@ -320,16 +339,13 @@ def _check_address(config: EndpointConfig, section: str) -> None:
         whole = False
     if not whole:
         raise ConfigError(
-            f"{section}.url is {config.url[:80]!r}, which is no http(s) address",
-            remedy=f"set it to a base URL, {example}",
+            f"{key} is {url[:80]!r}, which is no http(s) address", remedy=f"set it to a base URL, {example}"
         )
     if parts.username or parts.password or parts.query or parts.fragment:
         raise ConfigError(
-            f"{section}.url holds more than an address",
-            remedy=f"a key belongs into the environment variable {config.key_env}, never into params.yaml",
+            f"{key} holds more than an address",
+            remedy=f"a key belongs into the environment variable {key_env}, never into params.yaml",
         )
-    if not config.model:
-        raise ConfigError(f"{section}.model is empty", remedy="name a model that the endpoint serves")
 
 
 def read_key(config: EndpointConfig, section: str) -> str:

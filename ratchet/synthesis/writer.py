@@ -103,7 +103,7 @@ class Writer:
     def _width(self) -> int:
         """Return how many requests may be in flight: not more than the missing rows need."""
         missing = self._draft.settings.count - self._draft.kept
-        return min(self._config.synthesize.teacher.parallel, -(-missing // self._config.synthesize.per_chunk))
+        return min(self._config.synthesize.teacher.width, -(-missing // self._config.synthesize.per_chunk))
 
     async def _answer(self, ask: Ask, seed: int) -> Answered | AskError:
         try:

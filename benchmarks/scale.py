@@ -1,0 +1,172 @@
+"""Measure what a row costs in each step of a preparation by workers, and what a request costs its client.
+
+    python -m benchmarks.scale [--rows 100000] [--requests 1000]
+
+Rows are those of `benchmarks.prepare`. Each step runs in this process, on one core, without datatrove around
+it: CPU seconds a row, bytes a row that it writes, and the memory that the deciding process takes a row. The
+requests go to two servers that answer at once, each in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.prepare import fill
+from ratchet.config.data import PrepareConfig
+from ratchet.config.synthesis import TeacherConfig
+from ratchet.data.batches import read_manifest
+from ratchet.data.erasure import Forgotten
+from ratchet.data.examples import encode_line
+from ratchet.data.sharded import CheckShard, PairPart, ShardedRows, Source, cut
+from ratchet.llm.budget import Budget
+from ratchet.llm.client import Teacher
+from ratchet.llm.prompts import Prompt
+from ratchet.llm.replies import Score
+from tasks.prepare import Incoming, origin_of, sort_batches
+
+SHARD, PARTS = 25_000, 8
+SERVER = """
+import json, socket, uvicorn
+text = json.dumps({"score": 0.5, "reason": "it says what the question asks for"})
+choice = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+usage = {"prompt_tokens": 100, "completion_tokens": 16}
+answer = json.dumps({"choices": [choice], "usage": usage}).encode()
+async def app(scope, receive, send):
+    while (await receive()).get("more_body"):
+        pass
+    head = [(b"content-type", b"application/json")]
+    await send({"type": "http.response.start", "status": 200, "headers": head})
+    await send({"type": "http.response.body", "body": answer})
+listener = socket.socket()
+listener.bind(("127.0.0.1", 0))
+print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
+uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off")).run(sockets=[listener])
+"""
+
+
+class Cost(NamedTuple):
+    """The cost of a step: CPU seconds, bytes on the disk, MiB of memory that it added."""
+
+    step: str
+    seconds: float
+    size: int
+    mib: float = 0.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--requests", type=int, default=1000)
+    arguments = parser.parse_args()
+    rows = arguments.rows
+    print("| step | CPU µs a row | bytes a row on the disk | bytes a row in memory |\n|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as warm:
+        measure(Path(warm), 500)  # loads what is loaded once
+    with tempfile.TemporaryDirectory() as folder:
+        for cost in measure(Path(folder), rows):
+            print(
+                f"| {cost.step} | {cost.seconds / rows * 1e6:,.0f} | {cost.size / rows:,.0f} | "
+                f"{f'{cost.mib * 2**20 / rows:,.0f}' if cost.mib else ''} |",
+                flush=True,
+            )
+
+    seconds = measure_client(arguments.requests)
+    print(f"\na request to a model: {seconds / arguments.requests * 1e3:.2f} ms of the client's CPU")
+
+
+def measure_client(requests: int) -> float:
+    """Return the CPU seconds that the client takes for so many requests."""
+    servers = [
+        subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    try:
+        urls = [f"{server.stdout.readline().strip()}/v1" for server in servers if server.stdout]
+        return asyncio.run(ask(urls, requests))
+    finally:
+        for server in servers:
+            server.kill()
+            server.communicate()
+
+
+async def ask(urls: list[str], requests: int) -> float:
+    config = TeacherConfig(url=urls[0], more_urls=urls[1:], model="m", parallel=16)
+    teacher = Teacher(config, Budget(max_cost=0, max_tokens=sys.maxsize))
+    prompt = Prompt("p", "Score the answer.", "Is hail covered? " * 20)
+    try:
+        await teacher.ask(prompt, Score, seed=0)
+        began = time.process_time()
+        for start in range(0, requests, 100):
+            numbers = range(start, min(start + 100, requests))
+            await asyncio.gather(*(teacher.ask(prompt, Score, seed=number) for number in numbers))
+        return time.process_time() - began
+    finally:
+        await teacher.close()
+
+
+def measure(folder: Path, rows: int) -> list[Cost]:
+    """Run the steps over `rows` rows, and return what each cost."""
+    raw, work, config = folder / "raw", folder / "work", PrepareConfig(min_rows=1)
+    fill(raw, rows)
+    manifest = read_manifest(raw)
+    sources = [Source(origin_of(batch), raw / batch.name, batch.sha256) for batch in manifest]
+    shards = [shard for source in sources for shard in cut(source, SHARD)]
+    check = CheckShard(work, shards, config, PARTS)
+    pair = PairPart(work, len(shards), config)
+    costs = [Cost("raw rows", 0.0, size_of(raw))]
+
+    def each(step: Callable[..., None], tasks: int) -> None:
+        for rank in range(tasks):
+            step(None, rank)
+
+    costs.append(timed("check (workers)", partial(each, check, len(shards)), work))
+    costs.append(timed("pair (workers)", partial(each, pair, PARTS), work))
+    out, before = folder / "out.jsonl", resident()
+    sharded = ShardedRows(work, shards, PARTS)
+    batches = [Incoming(origin_of(batch), batch.rows, ()) for batch in manifest]
+
+    def decide() -> None:
+        with out.open("wb") as handle:
+            sort_batches(
+                batches,
+                folder / "golden.jsonl",
+                config,
+                Forgotten(),
+                lambda _, row: handle.write(encode_line(row)),
+                sharded,
+            )
+
+    found = timed("decide (one process)", decide, work)
+    costs.append(found._replace(size=out.stat().st_size, mib=resident() - before))
+    return costs
+
+
+def timed(step: str, work: Callable[[], object], folder: Path) -> Cost:
+    """Run a step, and return its CPU time and by how much `folder` grew."""
+    size, began = size_of(folder), time.process_time()
+    work()
+    return Cost(step, time.process_time() - began, size_of(folder) - size)
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def resident() -> float:
+    """Return the largest resident set so far, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    main()
