@@ -41,13 +41,23 @@ from tasks.federate import SECTIONS, forget_run, train_together
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 NAMES = ("north", "south", "west")
 CANARIES = 40  # at each node
-ROWS = 10  # so few that a training without noise knows the canaries by heart
+ROWS = 10  # at each node
+# Where one node trains for long on little else than canaries, without noise it knows them by heart. Of
+# several nodes, each one's canaries are diluted by what the others learn.
+LONG = {"epochs": 50, "learning_rate": 5e-3}
 
 
 class Place(NamedTuple):
     folder: Path
     config: Config
     link: Calm
+
+    def alone(self, canaries: int) -> Place:
+        """Return the federation of one node, which trains for long."""
+        federate = FederateConfig(rounds=2, min_nodes=1, audit_canaries=canaries)
+        train = self.config.train.model_copy(update=LONG)
+        config = self.config.model_copy(update={"federate": federate, "train": train})
+        return self._replace(config=config, link=Calm({"north": self.folder / "north"}))
 
     def train(self, name: str) -> tuple[Claim, Check]:
         """Run all rounds into a workspace of its own; return the claim, and what the gate says of it."""
@@ -67,14 +77,14 @@ class Place(NamedTuple):
 def place(tiny_config: Config, tiny_base: Path, raw_rows: list[dict[str, Any]]) -> Iterator[Place]:
     with tempfile.TemporaryDirectory(prefix="ratchet-claims-") as scratch:
         folder = Path(scratch)
-        privacy = PrivacyConfig(epsilon=1.0, batch_rows=10_000, budget=100.0)
-        rates: dict[str, Any] = {"epochs": 80, "learning_rate": 2e-2, "batch_windows": 64, "evaluations": 1}
+        privacy = PrivacyConfig(epsilon=0.5, batch_rows=8, budget=100.0)
+        rates: dict[str, Any] = {"epochs": 5, "batch_windows": 64, "evaluations": 1}
         config = tiny_config.model_copy(
             update={
                 "base": BaseConfig(model=str(tiny_base)),
                 "prepare": tiny_config.prepare.model_copy(update={"test_share": 0.0, "min_rows": 1}),
                 "train": TrainConfig(**rates, precision="float32", privacy=privacy),
-                "adapter": AdapterConfig(rank=16, alpha=32.0),
+                "adapter": AdapterConfig(rank=32, alpha=64.0),
                 "evaluate": EvaluateConfig(batch_size=64),
                 "federate": FederateConfig(rounds=2, min_nodes=3, audit_canaries=CANARIES),
             }
@@ -90,9 +100,9 @@ def place(tiny_config: Config, tiny_base: Path, raw_rows: list[dict[str, Any]]) 
 def test_an_honest_federation_is_not_refuted_and_its_canaries_stay(place: Place) -> None:
     claim, check = place.train("honest")
     assert check.result == "pass", check.reason
-    assert (claim.epsilon, claim.nodes, claim.left_out) == (1.0, list(NAMES), {})
+    assert (claim.epsilon, claim.nodes, claim.left_out) == (0.5, list(NAMES), {})
     assert claim.guesses is not None and claim.guesses.canaries == CANARIES * len(NAMES)
-    assert "ε = 1, δ = 1e-05" in check.reason and "canaries of 3 nodes" in check.reason
+    assert "ε = 0.5, δ = 1e-05" in check.reason and "canaries of 3 nodes" in check.reason
     assert claim.moved > 0
     heard = b"".join(reply for _, _, reply in place.link.replies if isinstance(reply, bytes))
     chat, seen = ChatFormat(load_tokenizer(place.folder / "base")), set()
@@ -141,12 +151,16 @@ def test_the_sum_under_masks_is_that_of_the_counts(place: Place) -> None:
     assert [message.guesses for message in said] == [None] * 3
 
 
-def test_a_federation_without_its_noise_is_refused(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gradients, "normal", lambda key, number, count, part=0: np.zeros(count))
-    claim, check = place.train("without-noise")
-    assert check.result == "fail", check.reason
-    assert "the claim is refuted" in check.reason
-    assert claim.nodes == list(NAMES)
+@pytest.mark.parametrize(("noise", "result"), [(True, "pass"), (False, "fail")])
+def test_without_its_noise_the_same_training_is_refused(
+    place: Place, monkeypatch: pytest.MonkeyPatch, *, noise: bool, result: str
+) -> None:
+    if not noise:
+        monkeypatch.setattr(gradients, "normal", lambda key, number, count, part=0: np.zeros(count))
+    claim, check = place.alone(60).train(f"noise-{noise}")
+    assert check.result == result, check.reason
+    assert ("the claim is refuted" in check.reason) == (not noise)
+    assert claim.nodes == ["north"]
 
 
 def test_a_node_that_planted_nothing_makes_no_audit(place: Place) -> None:
