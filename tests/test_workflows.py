@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 import os
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +217,22 @@ def test_no_secret_is_in_the_environment_of_a_container():
     assert [line for line in settings if secret.match(line)] == []
     assert mounted == compose["secrets"].keys()
     assert {name for line in settings for name in re.findall(r"/run/secrets/(\w+)$", line)} <= mounted
+
+
+def test_secrets_are_made_once_and_one_user_can_read_them(tmp_path):
+    def make() -> dict[str, str]:
+        subprocess.run(["sh", ROOT / "docker" / "make-secrets", tmp_path], check=True, capture_output=True)
+        return {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()}
+
+    made = make()
+    (tmp_path / "mlflow_pgpass").unlink()
+    again = make()
+
+    assert read_yaml(COMPOSE)["secrets"].keys() == made.keys() - {"prefect_password"}
+    assert [path.name for path in tmp_path.iterdir() if path.stat().st_mode & 0o077] == []
+    assert {name for name in made if made[name] != again[name]} == {"mlflow_pgpass"}
+    who = {one["name"]: one["actions"] for one in json.loads(made["objects"])["identities"]}
+    assert who["dvc"] == ["Read:dvc", "Write:dvc", "List:dvc", "Tagging:dvc"]
 
 
 def read_target(name: str) -> str:
