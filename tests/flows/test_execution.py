@@ -132,20 +132,23 @@ def test_a_worker_that_dies_is_replaced_by_one_on_another_machine_and_lines_come
     )
     lines: list[str] = []
     workers = []
-    try:
-        for line in hub.stdout or []:
-            lines.append(line.rstrip())
-            if "waits for a worker" in line and not workers:
-                workers.append(start_worker(machines.other, environment))
-            if "step-00000003 is pushed" in line and len(workers) == 1:
-                kill_machine(workers[0])
-                workers.append(start_worker(tmp_path / "third", environment))
-    finally:
-        for worker in workers:
-            kill_machine(worker)
-        hub.kill()
+    with hub:
+        try:
+            for line in hub.stdout or []:
+                lines.append(line.rstrip())
+                if "waits for a worker" in line and not workers:
+                    workers.append(start_worker(machines.other, environment))
+                if "step-00000003 is pushed" in line and len(workers) == 1:
+                    kill_machine(workers[0])
+                    workers.append(start_worker(tmp_path / "third", environment))
+        except BaseException:
+            hub.kill()
+            raise
+        finally:
+            for worker in workers:
+                kill_machine(worker)
     told = "\n".join(lines)
-    assert hub.wait() == 0, told[-5000:] + (tmp_path / "third.log").read_text()[-3000:]
+    assert hub.returncode == 0, told[-5000:] + (tmp_path / "third.log").read_text()[-3000:]
     assert "train: attempt 1 is lost: no sign of life for 1 minutes" in told
     assert lines.index("from 0") < lines.index("from 3")
     assert "took step-00000003 of an earlier attempt" in told
