@@ -177,7 +177,8 @@ def test_the_served_deployment_runs_the_flow(home: Path) -> None:
     api = f"http://127.0.0.1:{config.services.prefect_port}/api"
     code = (
         "from prefect.deployments import run_deployment\n"
-        f"run = run_deployment('retrain/{config.project.name}', parameters={'reason': 'from the deployment'}, "
+        "given = {'reason': 'from the deployment'}\n"
+        f"run = run_deployment('retrain/{config.project.name}', parameters=given, "
         "timeout=240, poll_interval=2)\n"
         "print(run.state.type.value, run.name)"
     )
