@@ -177,8 +177,9 @@ def test_the_served_deployment_runs_the_flow(home: Path) -> None:
     api = f"http://127.0.0.1:{config.services.prefect_port}/api"
     code = (
         "from prefect.deployments import run_deployment\n"
-        f"run = run_deployment('retrain/{config.project.name}', timeout=240, poll_interval=2, "
-        "parameters={'reason': 'from the deployment'})\n"
+        "given = {'reason': 'from the deployment'}\n"
+        f"run = run_deployment('retrain/{config.project.name}', parameters=given, "
+        "timeout=240, poll_interval=2)\n"
         "print(run.state.type.value, run.name)"
     )
     done = subprocess.run(
