@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from command import ratchet
+from command import in_process, ratchet
 from places import use_git_without_a_user, use_no_mlflow
 from small_checkout import add, commit_batches, make, make_checkout, row
 
@@ -71,3 +71,16 @@ def test_a_batch_is_taken_back(checkout):
     done = ratchet("-C", path, "data", "revert", batch[:16], "--reason", "wrong prices", "--json")
     assert json.loads(done.stdout)["batch"]["rows"] == 41, done
     assert batch not in (path / "data/raw/manifest.jsonl").read_text(encoding="utf-8")
+
+
+def test_a_retraining_elsewhere_needs_an_address_that_answers(checkout, monkeypatch):
+    path, _ = checkout
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    missing = ratchet("-C", path, "retrain", "--deployment")
+    assert (missing.returncode, missing.stdout) == (2, "") and "PREFECT_API_URL is not set" in missing.stderr
+    both = ratchet("-C", path, "retrain", "--deployment", "--force")
+    assert both.returncode == 2 and "--force" in both.stderr
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    silent = in_process("-C", path, "retrain", "--deployment")
+    assert silent.returncode == 1 and "does not answer at http://127.0.0.1:9/api" in silent.stderr, silent
+    assert "Traceback" not in silent.stderr

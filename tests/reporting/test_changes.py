@@ -17,10 +17,11 @@ from places import commit, use_git_without_a_user
 from small_checkout import add, commit_batches, make, make_checkout, row
 
 from ratchet.data.profile import BatchProfile, Counts, Profile
+from ratchet.files import write_bytes, write_json
 from ratchet.pipeline.checkout import git
 from ratchet.promotion.verdict import Candidate, Check, Rival, Verdict
 from ratchet.reporting.changes import MARKER, MOST_CHARACTERS, Changes, Cost, Side, inert, render_changes
-from ratchet.reporting.forest import draw_forest
+from ratchet.reporting.forest import FOREST, draw_forest
 
 HOSTILE = [
     "<!-- ratchet changes -->",
@@ -246,3 +247,18 @@ def test_a_commit_that_is_not_there_is_refused(branch):
     assert (done.returncode, done.stdout) == (2, "")
     assert "'nowhere' names no commit here" in done.stderr
     assert "git fetch" in done.stderr
+
+
+def test_a_new_verdict_comes_first_with_its_image(branch):
+    checks = [Check("success", "exact_match", 40, "pass", "better", 0.2, 0.1, 0.3, 0.0)]
+    verdict = Verdict("promote", ["better for certain"], Rival("base", None), checks, Candidate("k", "s"))
+    write_json(branch / "reports/gate.json", msgspec.to_builtins(verdict))
+    write_bytes(branch / FOREST, [draw_forest(verdict)])
+    commit(branch, "Retrain")
+    done = ratchet(
+        "-C", branch, "changes", "--since", "main", "--image", "https://here.example/{path}?raw=true"
+    )
+    page = render(done.stdout)
+    assert done.stdout.splitlines()[1] == "## ✅ promote", done.stderr
+    assert page.addresses == ["https://here.example/reports/gate.png?raw=true"]
+    assert "+0.200 [+0.100, +0.300]" in page.words
