@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import multiprocessing
 import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -24,10 +26,10 @@ from typing import NamedTuple
 from benchmarks.prepare import fill
 from ratchet.config.data import PrepareConfig
 from ratchet.config.synthesis import TeacherConfig
-from ratchet.data.batches import read_manifest
+from ratchet.data.batches import Batch, read_manifest
 from ratchet.data.erasure import Forgotten
 from ratchet.data.examples import encode_line
-from ratchet.data.sharded import CheckShard, PairPart, ShardedRows, Source, cut
+from ratchet.data.sharded import CheckShard, PairPart, Shard, ShardedRows, Source, cut
 from ratchet.llm.budget import Budget
 from ratchet.llm.client import Teacher
 from ratchet.llm.prompts import Prompt
@@ -35,6 +37,7 @@ from ratchet.llm.replies import Score
 from tasks.prepare import Incoming, origin_of, sort_batches
 
 SHARD, PARTS = 25_000, 8
+CONFIG = PrepareConfig(min_rows=1)
 SERVER = """
 import json, socket, uvicorn
 text = json.dumps({"score": 0.5, "reason": "it says what the question asks for"})
@@ -72,8 +75,6 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = arguments.rows
     print("| step | CPU µs a row | bytes a row on the disk | bytes a row in memory |\n|---|---|---|---|")
-    with tempfile.TemporaryDirectory() as warm:
-        measure(Path(warm), 500)  # loads what is loaded once
     with tempfile.TemporaryDirectory() as folder:
         for cost in measure(Path(folder), rows):
             print(
@@ -81,7 +82,6 @@ def main() -> None:
                 f"{f'{cost.mib * 2**20 / rows:,.0f}' if cost.mib else ''} |",
                 flush=True,
             )
-
     seconds = measure_client(arguments.requests)
     print(f"\na request to a model: {seconds / arguments.requests * 1e3:.2f} ms of the client's CPU")
 
@@ -116,40 +116,55 @@ async def ask(urls: list[str], requests: int) -> float:
 
 
 def measure(folder: Path, rows: int) -> list[Cost]:
-    """Run the steps over `rows` rows, and return what each cost."""
-    raw, work, config = folder / "raw", folder / "work", PrepareConfig(min_rows=1)
-    fill(raw, rows)
-    manifest = read_manifest(raw)
-    sources = [Source(origin_of(batch), raw / batch.name, batch.sha256) for batch in manifest]
-    shards = [shard for source in sources for shard in cut(source, SHARD)]
-    check = CheckShard(work, shards, config, PARTS)
-    pair = PairPart(work, len(shards), config)
-    costs = [Cost("raw rows", 0.0, size_of(raw))]
+    """Run the steps over `rows` rows, and return what each cost; a few rows before warm the process."""
+    work(folder / "warm", 500)
+    costs = work(folder / "real", rows)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as apart:  # so that its memory is its own
+        least = apart.submit(decide, folder / "warm").result()
+        found = apart.submit(decide, folder / "real").result()
+    return [*costs, found._replace(mib=found.mib - least.mib)]
+
+
+def work(folder: Path, rows: int) -> list[Cost]:
+    """Do the workers' part of a preparation of `rows` rows."""
+    fill(folder / "raw", rows)
+    _, shards = read(folder)
+    check = CheckShard(folder / "work", shards, CONFIG, PARTS)
+    pair = PairPart(folder / "work", len(shards), CONFIG)
 
     def each(step: Callable[..., None], tasks: int) -> None:
         for rank in range(tasks):
             step(None, rank)
 
-    costs.append(timed("check (workers)", partial(each, check, len(shards)), work))
-    costs.append(timed("pair (workers)", partial(each, pair, PARTS), work))
-    out, before = folder / "out.jsonl", resident()
-    sharded = ShardedRows(work, shards, PARTS)
+    return [
+        Cost("raw rows", 0.0, size_of(folder / "raw")),
+        timed("check (workers)", partial(each, check, len(shards)), folder / "work"),
+        timed("pair (workers)", partial(each, pair, PARTS), folder / "work"),
+    ]
+
+
+def read(folder: Path) -> tuple[list[Batch], list[Shard]]:
+    manifest = read_manifest(folder / "raw")
+    sources = [Source(origin_of(batch), folder / "raw" / batch.name, batch.sha256) for batch in manifest]
+    return manifest, [shard for source in sources for shard in cut(source, SHARD)]
+
+
+def decide(folder: Path) -> Cost:
+    """Do the deciding process's part; `mib` is the largest resident set of this process so far."""
+    manifest, shards = read(folder)
     batches = [Incoming(origin_of(batch), batch.rows, ()) for batch in manifest]
 
-    def decide() -> None:
-        with out.open("wb") as handle:
+    def sort() -> None:
+        with (folder / "out.jsonl").open("wb") as out:
+            sharded = ShardedRows(folder / "work", shards, PARTS)
+            golden = folder / "golden.jsonl"
             sort_batches(
-                batches,
-                folder / "golden.jsonl",
-                config,
-                Forgotten(),
-                lambda _, row: handle.write(encode_line(row)),
-                sharded,
+                batches, golden, CONFIG, Forgotten(), lambda _, row: out.write(encode_line(row)), sharded
             )
 
-    found = timed("decide (one process)", decide, work)
-    costs.append(found._replace(size=out.stat().st_size, mib=resident() - before))
-    return costs
+    cost = timed("decide (one process)", sort, folder)
+    return cost._replace(mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 def timed(step: str, work: Callable[[], object], folder: Path) -> Cost:
@@ -161,11 +176,6 @@ def timed(step: str, work: Callable[[], object], folder: Path) -> Cost:
 
 def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def resident() -> float:
-    """Return the largest resident set so far, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from ratchet.llm.budget import Budget, SpentError
 from ratchet.llm.client import AskError, Teacher
 from ratchet.llm.prompts import Prompt, load_template
 from ratchet.llm.replies import Malformed, Score, read_reply
+from ratchet.llm.servers import width_of
 
 FILE = Path(".ratchet/judge.db")
 SECTION = "evaluate.judge"
@@ -120,7 +121,7 @@ async def _ask_all(asks: Sequence[Ask], config: AnswerJudge, home: Path, backoff
             memory.keep(key, said.raw)
             return said.raw
 
-        slots = asyncio.Semaphore(config.width)
+        slots = asyncio.Semaphore(width_of(config))
         keys = [_key(config, ask) for ask in asks]
         once = dict(zip(keys, asks, strict=True))  # equal answers of two models are one question
         try:

@@ -65,16 +65,6 @@ class EndpointConfig(Section):
         description="attempts per request when the endpoint is busy, fails or cannot be reached",
     )
 
-    @property
-    def urls(self) -> list[str]:
-        """Return the base URLs of all servers."""
-        return [self.url, *self.more_urls]
-
-    @property
-    def width(self) -> int:
-        """Return how many requests may be in flight at all servers together."""
-        return self.parallel * len(self.urls)
-
 
 class TeacherConfig(EndpointConfig):
     """The model that writes the rows."""

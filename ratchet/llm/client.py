@@ -29,7 +29,7 @@ from ratchet.llm.budget import Budget, Prices, Usage
 from ratchet.llm.prompts import Prompt
 from ratchet.llm.protocols import Answer, Dialect, Turn, Unreadable
 from ratchet.llm.replies import Malformed, Reply, read_reply, schema_of
-from ratchet.llm.servers import Server, Servers
+from ratchet.llm.servers import Server, Servers, urls_of
 
 LONGEST_WAIT = 60.0  # seconds; a longer Retry-After is cut to this
 LONGEST_BACKOFF = 30.0  # seconds
@@ -321,7 +321,7 @@ def _check_address(config: EndpointConfig, section: str) -> None:
             f"{section}.url is empty: no model is named that writes rows",
             remedy=f"set {section}.url to the base URL of an endpoint, {example}, and {section}.model",
         )
-    for number, url in enumerate(config.urls):
+    for number, url in enumerate(urls_of(config)):
         _check_url(url, f"{section}.more_urls" if number else f"{section}.url", example, config.key_env)
     if not config.model:
         raise ConfigError(f"{section}.model is empty", remedy="name a model that the endpoint serves")

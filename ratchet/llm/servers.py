@@ -29,6 +29,16 @@ LOOK_SECONDS = 0.1
 Answer = TypeVar("Answer")
 
 
+def urls_of(config: EndpointConfig) -> list[str]:
+    """Return the base URLs of all servers."""
+    return [config.url, *config.more_urls]
+
+
+def width_of(config: EndpointConfig) -> int:
+    """Return how many requests may be under way at all servers together."""
+    return config.parallel * len(urls_of(config))
+
+
 class Server:
     """One server: its connections, the requests under way, and until when it is left alone."""
 
@@ -80,7 +90,7 @@ class Servers:
     """The servers of one model, with at most `parallel` requests under way at each."""
 
     def __init__(self, config: EndpointConfig, headers: dict[str, str]) -> None:
-        self.all = [Server(url, config, headers) for url in config.urls]
+        self.all = [Server(url, config, headers) for url in urls_of(config)]
         self._parallel = config.parallel
         self._freed = asyncio.Condition()
         self._seconds: deque[float] = deque(maxlen=SAMPLES)

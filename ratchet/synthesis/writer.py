@@ -18,6 +18,7 @@ from ratchet.evaluation.metrics import token_f1
 from ratchet.llm.client import AskError, Said, Teacher
 from ratchet.llm.prompts import Prompt, Template
 from ratchet.llm.replies import Pair, Score, Text, read_reply
+from ratchet.llm.servers import width_of
 from ratchet.synthesis.augment import Synonyms, vary
 from ratchet.synthesis.draft import Answered, Draft, Refused, Row, key_of
 from ratchet.synthesis.filters import Filters
@@ -103,7 +104,9 @@ class Writer:
     def _width(self) -> int:
         """Return how many requests may be in flight: not more than the missing rows need."""
         missing = self._draft.settings.count - self._draft.kept
-        return min(self._config.synthesize.teacher.width, -(-missing // self._config.synthesize.per_chunk))
+        return min(
+            width_of(self._config.synthesize.teacher), -(-missing // self._config.synthesize.per_chunk)
+        )
 
     async def _answer(self, ask: Ask, seed: int) -> Answered | AskError:
         try:
