@@ -106,7 +106,8 @@ def runs(live: Live, reason: str) -> list[tuple[str, str]]:
     try:
         found = database.execute(
             "select run.state_type, state.message from flow_run run join flow_run_state state "
-            "on state.id = run.state_id where json_extract(run.parameters, '$.reason') = ?",
+            "on state.id = run.state_id where json_extract(run.parameters, '$.reason') = ? "
+            "and run.start_time is not null",  # the schedule's next runs are there already
             (reason,),
         ).fetchall()
     finally:
