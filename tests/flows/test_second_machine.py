@@ -117,7 +117,8 @@ def environment(**more: str) -> dict[str, str]:
         for name, value in os.environ.items()
         if not name.startswith(("PREFECT_", "MLFLOW_", "RATCHET_"))
     }
-    return {**plain, **SERVERS, "NO_PROXY": "*", "no_proxy": "*", **more}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**plain, **SERVERS, "PATH": path, "NO_PROXY": "*", "no_proxy": "*", **more}
 
 
 def on_hub(*command: str) -> list[str]:

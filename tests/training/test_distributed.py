@@ -244,6 +244,60 @@ def sums(folder: Path) -> dict[str, str]:
     return {path.name: sha256_file(path) for path in (folder / "models/candidate").iterdir()}
 
 
+SENT = """
+import sys, torch
+from pathlib import Path
+from ratchet.errors import ConfigError
+from ratchet.files import write_text
+from ratchet.training import distributed
+from ratchet.training.checkpoints import Checkpoints
+
+distributed.CHUNK = 1000
+node, home = distributed.rank(), Path(sys.argv[1])
+
+def checkpoints(**facts):
+    return Checkpoints(home, "key", {"seed": 1, **facts}, minutes=0.0, curve=list)
+
+found = [checkpoints().newest_on_all_nodes(lambda points: None)]
+if node == 0:
+    state = {"weights": {"a": torch.arange(3000.0)}, "seconds": 2.5}
+    checkpoints().write(7, state, lambda name: write_text(Path(name), "{}"))
+found.append(checkpoints().newest_on_all_nodes(lambda points: None))
+same = torch.equal(found[1].state["weights"]["a"], torch.arange(3000.0)) and found[1].step == 7
+try:
+    checkpoints(**({"torch": "another"} if node else {})).newest_on_all_nodes(lambda points: None)
+    refused = ""
+except ConfigError as error:
+    refused = str(error)
+Path(sys.argv[1], "found").write_text(f"{found[0]} {same} {found[1].folder.is_relative_to(home)} {refused}")
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.e2e
+def test_each_node_has_the_checkpoint_of_node_0_or_all_refuse(tmp_path):
+    """Two torchruns on loopback, each with a folder of its own."""
+    script = tmp_path / "sent.py"
+    script.write_text(SENT)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    nodes = []
+    for number in ("0", "1"):
+        (tmp_path / number).mkdir()
+        where = ["--node-rank", number, "--master-addr", "127.0.0.1", "--master-port", port]
+        run = ["torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", *where]
+        command = [sys.executable, "-m", *run, str(script), str(tmp_path / number)]
+        nodes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    said = [node.communicate(timeout=scaled(100))[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    for number in ("0", "1"):
+        found = (tmp_path / number / "found").read_text()
+        assert found.startswith("None True True a node cannot go on from the checkpoint of node 0"), number
+    assert "torch was None, is another" in said[1], "the node says which of its facts differs"
+
+
 @pytest.mark.e2e
 def test_nodes_go_on_from_the_checkpoint_of_node_0_and_another_number_of_nodes_begins_anew(
     tmp_path, tokens, tiny_base, nobody, tiny_config
