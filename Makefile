@@ -71,6 +71,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.drift
 	$(BIN)/python -m benchmarks.media
 	$(BIN)/python -m benchmarks.picture_drift
+	$(BIN)/python -m benchmarks.scale
 
 # Flower, which carries messages between a coordinator and its nodes, beside the environment of everything else.
 federated: $(VENV)-federated/.made

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import multiprocessing
-import resource
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,8 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+
+import psutil
 
 from benchmarks.prepare import fill
 from ratchet.config.data import PrepareConfig
@@ -34,7 +35,7 @@ from ratchet.llm.budget import Budget
 from ratchet.llm.client import Teacher
 from ratchet.llm.prompts import Prompt
 from ratchet.llm.replies import Score
-from tasks.prepare import Incoming, origin_of, sort_batches
+from tasks.prepare import Incoming, origin_of, prepare, sort_batches
 
 SHARD, PARTS = 25_000, 8
 CONFIG = PrepareConfig(min_rows=1)
@@ -121,9 +122,12 @@ def measure(folder: Path, rows: int) -> list[Cost]:
     costs = work(folder / "real", rows)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as apart:  # so that its memory is its own
-        least = apart.submit(decide, folder / "warm").result()
-        found = apart.submit(decide, folder / "real").result()
-    return [*costs, found._replace(mib=found.mib - least.mib)]
+        apart.submit(decide, folder / "warm").result()
+        costs.append(apart.submit(decide, folder / "real").result())
+    whole = partial(
+        prepare, folder / "real" / "raw", folder / "none.jsonl", folder / "real" / "local", CONFIG
+    )
+    return [*costs, timed("the engine `local`, all steps", whole, folder / "real")]
 
 
 def work(folder: Path, rows: int) -> list[Cost]:
@@ -151,20 +155,25 @@ def read(folder: Path) -> tuple[list[Batch], list[Shard]]:
 
 
 def decide(folder: Path) -> Cost:
-    """Do the deciding process's part; `mib` is the largest resident set of this process so far."""
+    """Do the deciding process's part; `mib` is by how much its memory grew at most."""
     manifest, shards = read(folder)
     batches = [Incoming(origin_of(batch), batch.rows, ()) for batch in manifest]
+    before, peak, kept = resident(), 0.0, 0
+
+    def keep(_: str, row: object) -> None:
+        nonlocal peak, kept
+        kept += 1
+        out.write(encode_line(row))
+        if kept % 1000 == 0:
+            peak = max(peak, resident() - before)
 
     def sort() -> None:
-        with (folder / "out.jsonl").open("wb") as out:
-            sharded = ShardedRows(folder / "work", shards, PARTS)
-            golden = folder / "golden.jsonl"
-            sort_batches(
-                batches, golden, CONFIG, Forgotten(), lambda _, row: out.write(encode_line(row)), sharded
-            )
+        sharded = ShardedRows(folder / "work", shards, PARTS)
+        sort_batches(batches, folder / "golden.jsonl", CONFIG, Forgotten(), keep, sharded)
 
-    cost = timed("decide (one process)", sort, folder)
-    return cost._replace(mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    with (folder / "out.jsonl").open("wb") as out:
+        cost = timed("decide (one process)", sort, folder)
+    return cost._replace(size=size_of(folder / "out.jsonl"), mib=peak)
 
 
 def timed(step: str, work: Callable[[], object], folder: Path) -> Cost:
@@ -175,7 +184,13 @@ def timed(step: str, work: Callable[[], object], folder: Path) -> Cost:
 
 
 def size_of(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    files = [folder] if folder.is_file() else folder.rglob("*")
+    return sum(path.stat().st_size for path in files if path.is_file())
+
+
+def resident() -> float:
+    """Return the resident set of this process, in MiB."""
+    return float(psutil.Process().memory_info().rss) / 2**20
 
 
 if __name__ == "__main__":
