@@ -52,9 +52,9 @@ except botocore.exceptions.ClientError as error:
 # The training of the newest commit, without a kill and without what the cache knows of it.
 ONCE_MORE = """
 git clone --quiet /project /tmp/again && cd /tmp/again
-dvc cache dir --local /project/.dvc/cache
-dvc checkout --quiet --allow-missing
-env -u MLFLOW_TRACKING_URI RATCHET_ROOT=/tmp/again dvc repro --quiet --force --single-item train
+dvc cache dir --local /project/.dvc/cache >&2
+dvc checkout --quiet --allow-missing >&2
+env -u MLFLOW_TRACKING_URI RATCHET_ROOT=/tmp/again dvc repro --quiet --force --single-item train >&2
 cat dvc.lock
 """
 SERVED = {"postgres", "objects", "mlflow", "prefect", "worker", "gateway"}
