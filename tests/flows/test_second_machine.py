@@ -95,6 +95,21 @@ def cable() -> Iterator[None]:
         for space in (GPU, HUB):
             end_all(space)
             subprocess.run(["ip", "netns", "del", space], check=False, capture_output=True)
+        for process in STARTED:
+            process.wait()
+
+
+STARTED: list[subprocess.Popen[bytes]] = []
+
+
+def start(command: list[str], cwd: Path, log: Path, **more: str) -> subprocess.Popen[bytes]:
+    """Start a program that runs until its machine ends."""
+    with log.open("a") as out:
+        process = subprocess.Popen(
+            command, cwd=cwd, env=environment(**more), stdout=out, stderr=out, start_new_session=True
+        )
+    STARTED.append(process)
+    return process
 
 
 def pids(space: str) -> list[int]:
@@ -172,18 +187,7 @@ def place(cable: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pat
         "PREFECT_SERVER_UI_ENABLED": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }
-    with logs.open("w") as log:
-        started = [
-            subprocess.Popen(
-                on_hub(*server),
-                cwd=hub,
-                env=environment(**own),
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-            for server in servers
-        ]
+    started = [start(on_hub(*server), hub, logs, **own) for server in servers]
     for path in (":4200/api/health", ":5000/health", ":8333/none"):
         command = on_gpu(place, "curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", f"http://{HOST}{path}")
         wait(path, lambda command=command: "000" not in answer(command), 300)
@@ -230,16 +234,9 @@ def ratchet(*arguments: str) -> list[str]:
     return on_hub(sys.executable, "-m", "ratchet.cli", *arguments)
 
 
-def start_worker(place: Path, name: str) -> subprocess.Popen[bytes]:
-    with (place / f"{name}.log").open("w") as log:
-        return subprocess.Popen(
-            on_gpu(place, sys.executable, "-m", "ratchet.cli", "worker", "--pool", "gpu"),
-            cwd=place / name,
-            env=environment(),
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
+def start_worker(place: Path, name: str) -> None:
+    worker = on_gpu(place, sys.executable, "-m", "ratchet.cli", "worker", "--pool", "gpu")
+    start(worker, place / name, place / f"{name}.log")
 
 
 def training_on_gpu() -> psutil.Process | None:

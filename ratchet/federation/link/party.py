@@ -146,7 +146,8 @@ def run_coordinator(root: Path, config: Config) -> None:
     """Run SuperLink, proxy and relay. Raises ServiceError when one of them ends."""
     settings, folder = config.federate, root / flower.FOLDER
     tls, exchange = folder / "tls", folder / "exchange"
-    if make_certificates(tls, settings.names):
+    # The coordinator's own programs reach the SuperLink on loopback, by the same certificate.
+    if make_certificates(tls, list(dict.fromkeys([*settings.names, HOST]))):
         say(f"made a certificate for {', '.join(settings.names)}")
     exchange.mkdir(parents=True, exist_ok=True)
     with _children(folder) as children:
