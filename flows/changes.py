@@ -22,9 +22,9 @@ from ratchet.data.erasure import read_forgotten
 from ratchet.data.profile import Profile
 from ratchet.errors import CommandError, DataError, RatchetError, UserError
 from ratchet.files import read_json
-from ratchet.pipeline.checkout import git
+from ratchet.pipeline.checkout import check_checkout, git
 from ratchet.pipeline.dvc import Workspace, bring, changed_stages, check_out, downstream
-from ratchet.pipeline.workspace import get_output, open_workspace
+from ratchet.pipeline.workspace import clone, get_output
 from ratchet.promotion.verdict import Verdict, read_verdict
 from ratchet.reporting.changes import Changes, Cost, Side
 from ratchet.training.estimate import Plan, plan_training
@@ -48,7 +48,9 @@ def find_changes(
     Raises UserError: there is no such commit; CheckoutError: uncommitted changes, or rows that are not here.
     """
     before = _common_commit(home, since)
-    with open_workspace(home, "changes", say, keep_failed=0) as workspace:
+    branch = check_checkout(home)
+    with clone(home, "changes", say, "--branch", branch, keep_failed=0) as path:
+        workspace = Workspace(home, path, branch)
         head = workspace.git("rev-parse", "HEAD").strip()
         workspace.git("fetch", "--quiet", "origin", before)
         workspace.git("checkout", "--quiet", "--detach", before)

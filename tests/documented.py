@@ -81,9 +81,9 @@ def _split(line: str, place: str) -> Iterator[Command]:
     for word in [*lexer, ";"]:
         word = word.removeprefix("(")
         if word in ENDS:
-            while part and (ASSIGNMENT.match(part[0]) or part[0] in ("export", "sudo")):
+            while part and (ASSIGNMENT.match(part[0]) or part[0] in ("export", "sudo", "do")):
                 part = part[1:]
-            if part:
+            if part and part[0] not in ("for", "done"):
                 yield Command(tuple(part), place)
             part = []
         else:

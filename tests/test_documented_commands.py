@@ -7,6 +7,7 @@ the reason. Commands of other programs are listed in `OTHERS`, with the reason w
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from functools import cache
 from pathlib import Path
@@ -27,10 +28,13 @@ NOT_RUN = {
     "ratchet federate run": FLOWER,
     "ratchet federate take": FLOWER,
     "ratchet federate up": FLOWER,
+    "ratchet storage move": "tests/storage/test_move.py runs all of it, below the command line",
+    "ratchet worker": "waits for stages without end: tests/flows/test_execution.py starts and kills it",
     "make lock": "asks the package index for every version: minutes, and another answer each day",
     "make bench": "an hour of measurements, whose figures a person reads",
     "make scan": "needs public lists of faults: .github/workflows/scan.yml runs it each week",
     "make install": "every other target of make begins with it",
+    "make privacy": "installs an extra: `make demo-federated` begins with it",
     "make federated": "`make test-e2e` begins with it",
     "make clean-demo": "removes a demo that a person may be looking at",
     "make demo-real": "17 minutes, and a model of 93 MB",
@@ -41,6 +45,7 @@ NOT_RUN = {
 OTHERS = {
     "$EDITOR": "a person edits",
     "cp": "moves files of an erasure",
+    "createdb": "there is no server on every machine; tests/storage start their own",
     "curl": "the tests ask the gateway with Python's and Node's clients",
     "docker": "there is no engine on every machine",
     "dvc": "ratchet/pipeline/dvc.py runs it in the tests of tests/pipeline",
@@ -108,6 +113,8 @@ def test_a_documented_command_exists_with_its_options(command):
         assert importlib.util.find_spec(rest[1]) is not None
     elif name in ("python", "bash"):
         assert (ROOT / rest[0]).is_file(), rest[0]
+    elif "/" in program and not program.startswith(".venv/bin/"):
+        assert os.access(ROOT / program, os.X_OK), program
     elif program.startswith(".venv/bin/"):
         assert (ROOT / program).exists() or name in ("dvc", "lint-imports")
     else:

@@ -27,6 +27,7 @@ from ratchet.pipeline.upstream import delete_branch, fetch_branch, push_branch
 from ratchet.pipeline.workspace import clone
 
 T = TypeVar("T")
+OUTPUTS = ("data", "models", "reports")  # folders of what stages read and write
 TRAVELS = (
     "dvc.lock",
     "reports",
@@ -162,16 +163,27 @@ def compute(workspace: Workspace, stage: str, attempt: Attempt, say: Say) -> Att
 
 def _pull(workspace: Workspace, names: list[str], remedy: str, say: Say) -> None:
     """Pull and verify data. Raises CommandError if they are not there, or are damaged."""
+    damaged = CommandError(
+        f"the DVC remote lacks data of {', '.join(names)}, or they are not what their hashes say: "
+        "nothing of them was taken",
+        remedy=remedy,
+    )
     try:
         outlast(lambda: workspace.dvc("pull", *names), say)
     except CommandError as error:
         if MISSING not in str(error):
             raise
-        raise CommandError(
-            f"the DVC remote lacks data of {', '.join(names)}, or they are not what their hashes say: "
-            "nothing of them was taken",
-            remedy=remedy,
-        ) from None
+        raise damaged from None
+    # DVC drops a damaged object from its cache, yet may have made the link to it by then and report no error.
+    if broken := _broken_links(workspace.path):
+        for path in broken:
+            path.unlink()
+        raise damaged
+
+
+def _broken_links(home: Path) -> list[Path]:
+    files = (path for name in OUTPUTS for path in (home / name).rglob("*"))
+    return [path for path in files if path.is_symlink() and not path.exists()]
 
 
 def _take_checkpoint(workspace: Workspace, say: Say) -> None:

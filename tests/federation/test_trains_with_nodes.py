@@ -50,8 +50,11 @@ from ratchet.config.params import load_config
 tell(DRIFTED, load_config(Path("params.yaml")), {"reason": "drift", "topics": []})
 """
 SCHEDULE = """
+from pathlib import Path
 from prefect.deployments import run_deployment
-run_deployment("retrain/retrain", parameters={"reason": "schedule"}, timeout=0)
+from ratchet.config.params import load_config
+name = load_config(Path("params.yaml")).project.name
+run_deployment(f"retrain/{name}", parameters={"reason": "schedule"}, timeout=0)
 """
 
 

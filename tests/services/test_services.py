@@ -155,7 +155,7 @@ class Answers(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         secret = base64.b64encode(b"ratchet:word").decode()
-        asked = self.path == "/api/deployments/name/retrain/retrain"
+        asked = self.path == "/api/deployments/name/retrain/pydoc"
         allowed = not asked or self.headers["Authorization"] == f"Basic {secret}"
         self.send_response(200 if allowed else 401)
         self.end_headers()

@@ -293,6 +293,7 @@ def test_a_version_carries_all_that_a_promotion_and_a_person_need(folder):
         "rejected": 3,
         "duplicate": 7,
         "nodes": [],
+        "share": "",
     }
     assert json.loads(version.tags["gate"]) == {
         "verdict": "promote",
