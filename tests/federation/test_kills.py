@@ -32,6 +32,7 @@ from ratchet.federation.secure import Sum
 from ratchet.federation.state import read_state, write_state
 from ratchet.files import read_json, write_bytes, write_json
 
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 STEPS = ("keys", "deal", "mask", "reveal")
 VECTORS = {name: np.random.default_rng(place).normal(size=40) for place, name in enumerate("abc")}
 
