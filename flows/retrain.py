@@ -109,6 +109,7 @@ def retrain(
     ):  # without a topic, only feedback is pulled
         pull_topic(home, source)
     with retraining(home, config) as workspace:
+        config = load_config(workspace.path / "params.yaml")  # with what others pushed, where it lands there
         if region:
             land_region(workspace, region)
         stale = bring_up_to_date(workspace, force)

@@ -176,7 +176,6 @@ def relayed(root: Path, nodes: Crafted) -> Iterator[None]:
         thread.join()
 
 
-@pytest.mark.e2e
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kind", ["plain", "secure"])
 def test_a_coordinator_killed_before_any_file_goes_on_to_the_same_bytes(tmp_path: Path, kind: str) -> None:
