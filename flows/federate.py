@@ -39,17 +39,19 @@ def federate(root: str | None = None, reason: str = "by hand") -> Retrained:
 def forget(root: Path, config: Config, name: str, reason: str) -> list[int]:
     """Put a node out, and return the versions that hold its share. The next training starts without it.
 
-    Raises UserError: nobody has that name; ServiceError: MLflow or the link does not answer.
+    Raises CheckoutError: a run goes on, which may need the node; UserError: nobody has that name;
+    ServiceError: MLflow or the link does not answer.
     """
     from ratchet.federation.link.invitations import forget_node
 
-    names = sorted(read_names(root / FOLDER).values())
-    versions = taught_by(list_versions(config.project.name), name)
-    if name not in names and not versions:
-        raise UserError(
-            f"no node is called {name}, and no version was taught by one; there are "
-            f"{', '.join(names) or 'none'}",
-            remedy="ratchet federate status",
-        )
-    forget_node(root, config, name, reason)
+    with locked(root, "federate", wait=False):
+        names = sorted(read_names(root / FOLDER).values())
+        versions = taught_by(list_versions(config.project.name), name)
+        if name not in names and not versions:
+            raise UserError(
+                f"no node is called {name}, and no version was taught by one; there are "
+                f"{', '.join(names) or 'none'}",
+                remedy="ratchet federate status",
+            )
+        forget_node(root, config, name, reason)
     return versions

@@ -29,7 +29,7 @@ from flows.review_queue import queue_doubtful
 from flows.upstream import give_back, take_in
 from ratchet.config.monitoring import TopicSource
 from ratchet.config.params import Config, load_config
-from ratchet.errors import CheckoutError, DataError, RatchetError
+from ratchet.errors import CheckoutError, DataError, RatchetError, UserError
 from ratchet.files import write_bytes, write_json
 from ratchet.monitoring.retrain_budget import remember
 from ratchet.monitoring.topics import FILE as REGION
@@ -134,15 +134,23 @@ def retraining(home: Path, config: Config) -> Iterator[Workspace]:
 def require_nodes(home: Path, config: Config) -> None:
     """Wait until enough nodes are connected to train with, before anything is made for the training.
 
-    Raises ConfigError: their updates could not be aggregated; UserError: too few are invited or connected;
-    ServiceError: the link to them does not run.
+    Raises ConfigError: their updates could not be aggregated; UserError: too few are invited or connected, or
+    this is a node; ServiceError: the link to them does not run.
     """
     from ratchet.federation.link.flower import FOLDER, FlowerLink, check_invited, read_names
+    from ratchet.federation.records import NODE
+    from ratchet.federation.records import SETTINGS as NODE_SETTINGS
     from ratchet.federation.rounds import wait_for_nodes
     from tasks.federate import check_trainable, is_interrupted  # loads torch
 
     check_trainable(config)
-    check_invited(list(read_names(home / FOLDER).values()), config.federate)
+    names = list(read_names(home / FOLDER).values())
+    if not names and (home / NODE / NODE_SETTINGS).exists():
+        raise UserError(
+            f"{home} is a node of a federation",
+            remedy="its coordinator starts the runs: ratchet federate run",
+        )
+    check_invited(names, config.federate)
     if not is_interrupted(home):  # its nodes may have answered before they went away
         wait_for_nodes(FlowerLink(home), config.federate, say)
 

@@ -65,8 +65,8 @@ def invite(
 
     root = find_root()
     path = take_in(root, read_config(root), name, out or Path(f"{name}.invitation"), public_key)
-    how = "it holds no key" if public_key else "on a safe way, it holds a key"
-    say(f"{path}: give it to {name}, {how}; there: ratchet federate join {path.name}")
+    how = "" if public_key else " over a safe channel, since it holds a key, and delete it here"
+    say(f"{path}: give it to {name}{how}; there: ratchet federate join {path.name}")
 
 
 @app.command("remove")

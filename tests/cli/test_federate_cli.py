@@ -9,15 +9,19 @@ from pathlib import Path
 import pytest
 from command import ratchet
 
+from flows.federate import forget
+from flows.retrain import require_nodes
 from ratchet.config.docs import render_params
 from ratchet.config.federation import FederateConfig
 from ratchet.config.params import Config
-from ratchet.errors import UserError
+from ratchet.errors import CheckoutError, UserError
 from ratchet.federation import records
 from ratchet.federation.link import flower
 from ratchet.federation.link.certificates import check_public_key, node_key
 from ratchet.federation.link.invitations import Limits, accept, forget_node
+from ratchet.federation.records import NODE
 from ratchet.files import write_json
+from ratchet.pipeline.checkout import locked
 from ratchet.promotion.lineage import taught_by
 from ratchet.tracking.registry import Version
 
@@ -42,7 +46,7 @@ def invitation(folder: Path, **changes: str) -> Path:
     [
         (["invite", "north"], "the coordinator's link does not run"),
         (["remove", "north"], "no node is called north; there are none"),
-        (["join", "nothing.invitation"], "is no invitation"),
+        (["join", "nothing.invitation"], "there is no file nothing.invitation"),
         (["join"], "has joined no federation"),
         (["take"], "was given no version of a federation"),
     ],
@@ -150,3 +154,16 @@ def test_why_a_link_ended_is_told(checkout):
     (checkout / records.ENDED).write_text("the coordinator did not let this node in")
     told = ratchet("-C", str(checkout), "federate", "status").stdout
     assert "ended   the coordinator did not let this node in" in told and "limits  none" in told
+
+
+def test_a_node_is_not_forgotten_while_a_run_may_need_it(checkout):
+    write_json(checkout / flower.FOLDER / "nodes.json", {"1": "north"})
+    with locked(checkout, "federate"), pytest.raises(CheckoutError, match="another `federate` runs"):
+        forget(checkout, Config(), "north", "it left")
+    assert flower.read_names(checkout / flower.FOLDER) == {"1": "north"}
+
+
+def test_a_node_starts_no_run(checkout):
+    write_json(checkout / NODE / "node.json", {})
+    with pytest.raises(UserError, match="is a node of a federation"):
+        require_nodes(checkout, Config.model_validate({"federate": {"min_nodes": 2}}))

@@ -138,6 +138,11 @@ def accept(root: Path, path: Path | None, limits: Limits) -> records.Node:
 
 def _take_key(root: Path, path: Path, known_as: str) -> tuple[str, str]:
     """Keep what an invitation holds, and return the node's name and the coordinator's address."""
+    if not path.exists():
+        raise UserError(
+            f"there is no file {path}",
+            remedy="name the invitation that the coordinator made with `ratchet federate invite NAME`",
+        )
     try:
         found = msgspec.json.decode(path.read_bytes(), type=Invitation)
     except (OSError, msgspec.DecodeError) as error:
