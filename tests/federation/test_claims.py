@@ -140,7 +140,9 @@ def test_the_sum_under_masks_is_that_of_the_counts(place: Place) -> None:
         round=4,
     )
     plan = Plan(run, params, base, {}, 2.0, place.config.federate)
-    found = audit_at_nodes(place.link, plan, asked, load_file(candidate / "adapter_model.safetensors"))
+    found = audit_at_nodes(
+        place.link, place.folder / "masked", plan, asked, load_file(candidate / "adapter_model.safetensors")
+    )
     assert (found.guesses, found.nodes, found.left_out) == (claim.guesses, list(NAMES), {})
     said = [
         message
@@ -167,7 +169,7 @@ def test_a_node_that_planted_nothing_makes_no_audit(place: Place) -> None:
     """Its reason is told, and a claim that nobody tested is not believed."""
     asked = messages.Audit(run="another", base={}, adapter_config={}, record={}, max_length=96, batch_size=8)
     plan = Plan("another", {}, {}, {}, 2.0, place.config.federate)
-    found = audit_at_nodes(place.link, plan, asked, {})
+    found = audit_at_nodes(place.link, place.folder / "another", plan, asked, {})
     assert found.guesses is None and found.nodes == []
     assert set(found.left_out) == set(NAMES)
     assert "planted no canaries in another" in found.left_out["north"]
