@@ -305,7 +305,8 @@ class _PrivateTrainer(_Trainer):
         # Dropout stays off: its masks would come from the public seed, and depend on which rows were drawn.
         model.eval()
         found = [torch.zeros(0, device=self.args.device)]
-        passes: Any = self._prepare_inputs(inputs["passes"])
+        # A step that draws no row gets noise alone, as accounted; transformers refuses an empty batch.
+        passes: Any = self._prepare_inputs(inputs["passes"]) if inputs["passes"] else []
         for batch, units in passes:
             found.append(self._gradients.add(partial(self._row_losses, model, batch), units))
         self._gradients.release(
