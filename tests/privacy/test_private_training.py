@@ -135,6 +135,15 @@ def test_weights_depend_on_the_key_and_the_last_ones_are_kept(
     assert any(not torch.equal(weight, other[name]) for name, weight in found.items())
 
 
+def test_steps_that_draw_no_row_get_noise_alone(
+    tiny_base: Path, windows: list[Window], validation: list[Window]
+) -> None:
+    found, outcome, _ = go(tiny_base, windows, validation, rate=1e-9)
+    other, _, _ = go(tiny_base, windows, validation, rate=1e-9, key=bytes(32))
+    assert outcome.steps == 8
+    assert any(not torch.equal(weight, other[name]) for name, weight in found.items()), "by its noise alone"
+
+
 def test_without_noise_and_clipping_every_row_a_step_is_plain_full_batch_descent(
     tiny_base: Path, windows: list[Window]
 ) -> None:
