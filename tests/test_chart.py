@@ -98,7 +98,7 @@ def test_pods_get_what_up_sets(values, monkeypatch, tmp_path):
 BY_PLACE = (
     *("FILE", "_PATH", "_REGION", "_S3_ENDPOINT_URL", "_ENDPOINT_URL_S3", "_PAGE", "_UI_URL", "_UI_API_URL"),
     *("_GATEWAY_URL", "_RUNNER_SERVER_HOST", "_RUNNER_SERVER_ENABLE", "_MISSED_POLLS_TOLERANCE"),
-    "_PRINTING_URL_TO_STDOUT",
+    *("_PRINTING_URL_TO_STDOUT", "_GATEWAY_LISTEN"),
 )
 
 
