@@ -95,11 +95,19 @@ def test_pods_get_what_up_sets(values, monkeypatch, tmp_path):
             assert ours[part]["containers"][0]["command"][1:] == plans[service].command[1:]
 
 
-BY_PLACE = (
-    *("FILE", "_PATH", "_REGION", "_S3_ENDPOINT_URL", "_ENDPOINT_URL_S3", "_PAGE", "_UI_URL", "_UI_API_URL"),
-    *("_GATEWAY_URL", "_RUNNER_SERVER_HOST", "_RUNNER_SERVER_ENABLE", "_MISSED_POLLS_TOLERANCE"),
-    *("_PRINTING_URL_TO_STDOUT", "_GATEWAY_LISTEN"),
-)
+# What compose sets and the chart does not, and why.
+IN_COMPOSE_ALONE = {
+    "PGPASSFILE": "the database's URL holds the password, and comes from a secret",
+    "AWS_SHARED_CREDENTIALS_FILE": "the store's keys are variables of existingEnvironmentSecret",
+    "AWS_DEFAULT_REGION": "of the store outside, with its keys",
+    "AWS_ENDPOINT_URL_S3": "compose brings a store; here mlflow.s3Endpoint names one",
+    "MLFLOW_S3_ENDPOINT_URL": "compose brings a store; here mlflow.s3Endpoint names one",
+    "PREFECT_PROFILES_PATH": "PREFECT_API_AUTH_STRING is a variable, from a secret",
+    "RATCHET_MLFLOW_PAGE": "compose publishes ports on this machine; a cluster has its own ways in",
+    "RATCHET_GATEWAY_PAGE": "compose publishes ports on this machine; a cluster has its own ways in",
+    "PREFECT_UI_URL": "compose publishes ports on this machine; a cluster has its own ways in",
+    "RATCHET_GATEWAY_LISTEN": "gateway.host is 0.0.0.0 in the project of a cluster (docs/kubernetes.md)",
+}
 
 
 def test_pods_get_what_the_containers_of_compose_get():
@@ -107,13 +115,20 @@ def test_pods_get_what_the_containers_of_compose_get():
         "services"
     ]
     ours = pods("minimal")
+    missing = set[str]()
     for part in ("mlflow", "prefect", "worker", "gateway"):
         wanted = services[part].get("environment", {}).keys() - NO_TELEMETRY.keys()
         assert wanted, part
-        missing = wanted - variables(ours[part]).keys()
-        # Compose brings secrets as files, its own store, and pages on published ports; the chart has
-        # Kubernetes' secrets, a store outside, and an ingress.
-        assert {name for name in missing if not name.endswith(BY_PLACE)} == set(), part
+        missing |= wanted - variables(ours[part]).keys()
+    assert missing == IN_COMPOSE_ALONE.keys()
+
+
+def test_a_store_of_ones_own_is_named_to_those_that_use_it():
+    ours = {part: variables(pod) for part, pod in pods("gpu").items()}
+    assert ours["mlflow"]["MLFLOW_S3_ENDPOINT_URL"] == "http://seaweedfs:8333"
+    assert (
+        ours["worker"]["AWS_ENDPOINT_URL_S3"] == ours["job"]["AWS_ENDPOINT_URL_S3"] == "http://seaweedfs:8333"
+    )
 
 
 @pytest.mark.parametrize("values", SETS)

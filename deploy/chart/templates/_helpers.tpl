@@ -70,6 +70,8 @@ DVC_SITE_CACHE_DIR: /tmp/dvc
 MLFLOW_TRACKING_URI: http://{{ include "ratchet.name" (dict "root" . "part" "mlflow") }}:5000
 PREFECT_API_URL: http://{{ include "ratchet.name" (dict "root" . "part" "prefect") }}:4200/api
 PREFECT_RUNNER_POLL_FREQUENCY: "1"
+MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT: "true" # MLflow would print links to a name that no browser knows
+RATCHET_GATEWAY_URL: http://{{ include "ratchet.name" (dict "root" . "part" "gateway") }}:{{ .Values.gateway.service.port }}
 RATCHET_ROOT: /project
 {{- end }}
 
