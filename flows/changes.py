@@ -43,7 +43,7 @@ def find_changes(
     measure: bool = False,
     describe: Callable[[Plan, Config], list[str]] = lambda *_: [],
 ) -> Changes:
-    """Compare HEAD with the commit `since`; `measure` also runs a few steps of the training.
+    """Compare HEAD with what it has in common with `since`; `measure` also runs a few steps of the training.
 
     Raises UserError: there is no such commit; CheckoutError: uncommitted changes, or rows that are not here.
     """
@@ -94,13 +94,19 @@ def _common_commit(home: Path, since: str) -> str:
     Raises UserError.
     """
     try:
-        return git(
-            home, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{since}^{{commit}}"
-        ).strip()
+        asked = ("rev-parse", "--verify", "--quiet", "--end-of-options", f"{since}^{{commit}}")
+        commit = git(home, *asked).strip()
     except CommandError:
         raise UserError(
             f"{since!r} names no commit here",
             remedy="git fetch brings the other side's commits; `--since origin/main` is the usual one",
+        ) from None
+    try:
+        return git(home, "merge-base", "HEAD", commit).strip()
+    except CommandError:
+        raise UserError(
+            f"HEAD and {since!r} have no commit in common",
+            remedy="git fetch --unshallow, if the history is cut off",
         ) from None
 
 

@@ -42,7 +42,10 @@ def plan(
 
 def changes(
     since: Annotated[
-        str, typer.Option("--since", metavar="COMMIT", help="Compare HEAD with this commit.")
+        str,
+        typer.Option(
+            "--since", metavar="COMMIT", help="Compare HEAD with what it has in common with this commit."
+        ),
     ] = "origin/main",
     measure: Annotated[
         bool,

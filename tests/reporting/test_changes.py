@@ -242,6 +242,17 @@ def test_a_params_file_that_cannot_be_read_is_told(branch):
     assert "b" not in page.tags and "@octocat" not in page.words and "@octocat" in "".join(page.code)
 
 
+def test_what_the_other_side_got_later_is_no_change(branch):
+    common = git(branch, "rev-parse", "main").strip()
+    git(branch, "switch", "--quiet", "--force-create", "ahead", "main")
+    with (branch / "params.yaml").open("a") as params:
+        params.write("train:\n  epochs: 7\n")
+    commit(branch, "Train longer")
+    git(branch, "switch", "--quiet", "proposal")
+    found = json.loads(ratchet("-C", branch, "changes", "--since", "ahead", "--json").stdout)
+    assert (found["since"], found["settings"]) == (common, [])
+
+
 def test_a_commit_that_is_not_there_is_refused(branch):
     done = ratchet("-C", branch, "changes", "--since", "nowhere")
     assert (done.returncode, done.stdout) == (2, "")
