@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from ratchet.errors import RatchetError, UserError
 from ratchet.evaluation.canaries import Canary, make_audit_canaries
 from ratchet.federation import messages
 from ratchet.federation.messages import write_message
-from ratchet.federation.rounds import Link, Plan, asked_nodes, sum_of
+from ratchet.federation.rounds import Link, Plan, ask_each, asked_nodes, sum_of
 from ratchet.federation.secure import Words
 from ratchet.files import read_json, write_private
 from ratchet.privacy.audit import SHARES, Guesses, add_guesses, check_guesses, guess
@@ -92,14 +93,9 @@ def audit_at_nodes(
     coordinator that was killed asks the same nodes again.
     """
     nodes, request = asked_nodes(link, home), write_message(asked, tensors)
-    replies = link.ask(dict.fromkeys(nodes, request), plan.settings.round_minutes * 60, f"{plan.run}-audit")
-    found: dict[str, Guesses | None] = {}
-    left_out = {}
-    for node, name in nodes.items():
-        try:
-            found[node] = _read_guesses(replies.get(node, "it did not answer"), masked=asked.masked)
-        except RatchetError as error:
-            left_out[name] = str(error).splitlines()[0]
+    read = partial(_read_guesses, masked=asked.masked)
+    seconds = plan.settings.round_minutes * 60
+    found, left_out = ask_each(link, nodes, request, seconds, f"{plan.run}-audit", read)
     if not asked.masked:
         counts = [guesses for guesses in found.values() if guesses]
         names = sorted(nodes[node] for node in found)

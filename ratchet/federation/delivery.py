@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from safetensors.torch import load_file
 
-from ratchet.errors import DataError, RatchetError
+from ratchet.errors import DataError
 from ratchet.federation import messages
 from ratchet.federation.messages import write_message
 from ratchet.federation.node import identity
-from ratchet.federation.rounds import Link, Say
+from ratchet.federation.rounds import Link, Say, ask_each
 from ratchet.files import read_json
 from ratchet.models.loading import MANIFEST, WEIGHTS
 from ratchet.models.manifests import read_trained_manifest
@@ -39,13 +40,10 @@ def deliver(
         federation=manifest.federation,
     )
     nodes, request = link.nodes(), write_message(asked, load_file(candidate / WEIGHTS))
-    replies = link.ask(dict.fromkeys(nodes, request), seconds, f"{run}-deliver")
-    without = {name: "it is away" for name in manifest.federation.nodes if name not in nodes.values()}
-    for node, name in nodes.items():
-        try:
-            messages.read_answer(replies.get(node, "it did not answer"), messages.Delivered)
-        except RatchetError as error:
-            without[name] = str(error).splitlines()[0]
+    read = partial(messages.read_answer, kind=messages.Delivered)
+    _, refused = ask_each(link, nodes, request, seconds, f"{run}-deliver", read)
+    away = {name: "it is away" for name in manifest.federation.nodes if name not in nodes.values()}
+    without = away | refused
     given = sorted(set(nodes.values()) - without.keys())
     say(f"federate: the version is delivered to {', '.join(given) or 'no node'}")
     for name, why in without.items():

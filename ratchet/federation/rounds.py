@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import msgspec
 from safetensors.torch import load_file, save
@@ -38,6 +38,7 @@ STEP_SECONDS = 120.0  # that a node has for a step without training
 WAIT_SECONDS = 1.0  # between two looks for nodes that are away
 
 Say = Callable[[str], None]
+Answer = TypeVar("Answer")
 
 
 class Link(Protocol):
@@ -169,12 +170,20 @@ def _run_round(
 
 def _nodes_of_round(link: Link, home: Path, settings: FederateConfig, say: Say) -> dict[str, str]:
     """Return the nodes of the round: those that were asked before it was interrupted, or that are here."""
+    return _noted(home, lambda: wait_for_nodes(link, settings, say))
+
+
+def asked_nodes(link: Link, home: Path) -> dict[str, str]:
+    """Return the nodes that are connected, id → name; a coordinator that was killed gets the same again."""
+    return _noted(home, link.nodes)
+
+
+def _noted(home: Path, find: Callable[[], dict[str, str]]) -> dict[str, str]:
+    """Return the nodes that are noted in `home`; note those that `find` returns the first time."""
     note = home / NODES
-    if note.exists():
-        found: dict[str, str] = read_json(note)
-        return found
-    nodes = wait_for_nodes(link, settings, say)
-    write_json(note, nodes)
+    if not note.exists():
+        write_json(note, find())
+    nodes: dict[str, str] = read_json(note)
     return nodes
 
 
@@ -321,12 +330,28 @@ def _sum(
     return Aggregate(summed.weights, current.residual), summed.rows, found
 
 
-def asked_nodes(link: Link, home: Path) -> dict[str, str]:
-    """Return the nodes that are connected, id → name; a coordinator that was killed gets the same again."""
-    if not (home / NODES).exists():
-        write_json(home / NODES, link.nodes())
-    nodes: dict[str, str] = read_json(home / NODES)
-    return nodes
+def ask_each(
+    link: Link,
+    nodes: Mapping[str, str],
+    request: bytes,
+    seconds: float,
+    name: str,
+    read: Callable[[bytes | str], Answer],
+) -> tuple[dict[str, Answer], dict[str, str]]:
+    """Ask all nodes (id → name) the same.
+
+    Return what `read` makes of each answer, by node; and the first line of why there is none, by name: `read`
+    raises RatchetError for an answer that cannot be used.
+    """
+    replies = link.ask(dict.fromkeys(nodes, request), seconds, name)
+    found: dict[str, Answer] = {}
+    left_out = {}
+    for node, called in nodes.items():
+        try:
+            found[node] = read(replies.get(node, "it did not answer"))
+        except RatchetError as error:
+            left_out[called] = str(error).splitlines()[0]
+    return found, left_out
 
 
 def sum_of(link: Link, plan: Plan, number: int, home: Path, nodes: Mapping[str, str]) -> Sum:
@@ -349,29 +374,25 @@ def score_at_nodes(
     nodes again.
     """
     nodes = asked_nodes(link, home)
-    request = write_message(asked, tensors)
-    replies = link.ask(dict.fromkeys(nodes, request), plan.settings.round_minutes * 60, f"{plan.run}-score")
-    found: dict[str, dict[str, Sums]] = {}
-    left_out = {}
-    for node, name in nodes.items():
-        try:
-            header = messages.read_answer(replies.get(node, "it did not answer"), messages.Scored).header
-            if fault := check_sums(header.groups, asked.least):
-                raise UserError(fault)
-            if not header.groups and not asked.masked:
-                raise UserError(f"it has fewer than {asked.least} held-out rows")
-            found[name] = header.groups
-        except RatchetError as error:
-            left_out[name] = str(error).splitlines()[0]
+
+    def read(answer: bytes | str) -> dict[str, Sums]:
+        groups: dict[str, Sums] = messages.read_answer(answer, messages.Scored).header.groups
+        if fault := check_sums(groups, asked.least):
+            raise UserError(fault)
+        if not groups and not asked.masked:
+            raise UserError(f"it has fewer than {asked.least} held-out rows")
+        return groups
+
+    request, seconds = write_message(asked, tensors), plan.settings.round_minutes * 60
+    found, left_out = ask_each(link, nodes, request, seconds, f"{plan.run}-score", read)
     rival = "champion" if "champion" in asked.adapters else "base"
     if not asked.masked:
-        return Scores(asked.metric, rival, found, left_out)
-    there = [node for node, name in nodes.items() if name in found]
+        return Scores(asked.metric, rival, {nodes[node]: groups for node, groups in found.items()}, left_out)
     sum_ = sum_of(link, plan, asked.round, home, nodes)
     try:
-        values, summed = sum_.total(there, len(Sums.__struct_fields__))
+        values, summed = sum_.total(list(found), len(Sums.__struct_fields__))
     except RatchetError as error:
-        left_out |= {nodes[node]: str(error).splitlines()[0] for node in there}
+        left_out |= {nodes[node]: str(error).splitlines()[0] for node in found}
         return Scores(asked.metric, rival, {}, left_out)
     left_out |= sum_.left_out
     sums = Sums(round(values[0]), *(float(value) for value in values[1:]))
