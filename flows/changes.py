@@ -22,7 +22,7 @@ from ratchet.data.erasure import read_forgotten
 from ratchet.data.profile import Profile
 from ratchet.errors import CommandError, DataError, RatchetError, UserError
 from ratchet.files import read_json
-from ratchet.pipeline.checkout import check_checkout, git
+from ratchet.pipeline.checkout import Say, check_checkout, git
 from ratchet.pipeline.dvc import Workspace, bring, changed_stages, check_out, downstream
 from ratchet.pipeline.workspace import clone, get_output
 from ratchet.promotion.verdict import Verdict, read_verdict
@@ -32,7 +32,6 @@ from tasks.pin import pin
 from tasks.prepare import Rejection, prepare
 
 VERDICT = "reports/gate.json"
-Say = Callable[[str], None]
 
 
 def find_changes(

@@ -39,6 +39,7 @@ from ratchet.pipeline.checkout import check_lock, locked, who
 from ratchet.pipeline.dag import KEYS, STAGES, write_keys
 from ratchet.pipeline.dvc import Workspace, check_out, downstream, push_data, stale_stages
 from ratchet.pipeline.stage import project_root
+from ratchet.pipeline.work_branch import TRAVELS
 from ratchet.pipeline.workspace import catch_up, land, open_workspace
 from ratchet.promotion.champion import Champion, last_entry, read_champion
 from ratchet.promotion.verdict import read_verdict
@@ -62,8 +63,6 @@ from tasks.record import (
 if TYPE_CHECKING:
     from ratchet.federation.rounds import Link
 
-# Git tracks only parts of these: locks, .gitignore files, the verdict.
-OUTPUTS = ["dvc.lock", "reports", "models", "data"]
 SETTINGS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
 RETRIED: dict[str, Any] = {**SETTINGS, "retries": 2, "retry_delay_seconds": 5, "retry_condition_fn": can_pass}
 
@@ -366,7 +365,7 @@ def land_outputs(workspace: Workspace, reason: str) -> str:
         "commit", "--quiet", "--force", KEYS.name
     )  # otherwise a `dvc repro` by hand would change dvc.lock
     draw_verdict(workspace)
-    present = [path for path in OUTPUTS if (workspace.path / path).exists()]
+    present = [path for path in TRAVELS if (workspace.path / path).exists()]
     return land(workspace, f"Retrain: {reason}"[:72], present)
 
 

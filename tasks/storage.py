@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,7 +29,7 @@ from ratchet.gateway.identity import FILE as GATEWAY_KEY
 from ratchet.monitoring import request_records, retrain_budget
 from ratchet.monitoring.request_log import FILE as LOG
 from ratchet.monitoring.request_log import URL_VARIABLE as LOG_URL
-from ratchet.pipeline.checkout import locked
+from ratchet.pipeline.checkout import Say, locked
 from ratchet.promotion import rollout
 from ratchet.promotion.champion import publish_newer
 from ratchet.review import store as review
@@ -51,7 +51,6 @@ from ratchet.storage.database import (
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Table
 
-Say = Callable[[str], None]
 FILES = "files"  # the target that is no URL
 DOCUMENTS = (
     *(rollout.FILE, rollout.ENDED, rollout.AGAIN, retrain_budget.FILE, retrain_budget.ASKED),

@@ -62,6 +62,7 @@ from ratchet.training.distributed import (
     check_size,
     end_with_parent,
     in_parts,
+    leads_another_node,
     rank,
     take_gpu,
     world_size,
@@ -95,7 +96,7 @@ def train(tokens: Path, base: Path, incumbent: Path, out: Path, reports: Path, c
         with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
             checkpoints = training.checkpoints(curve=list)
             trained = training.optimise(lambda step, values: None, lambda points: None, checkpoints)
-        if config.train.nodes > 1 and os.environ["GROUP_RANK"] != "0" and os.environ["LOCAL_RANK"] == "0":
+        if config.train.nodes > 1 and leads_another_node():
             checkpoints.forget()  # what node 0 has sent
         return training.figures(trained)
     with whole_folder(reports) as report_folder, closing(History(report_folder / "history.jsonl")) as history:

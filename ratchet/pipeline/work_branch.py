@@ -28,12 +28,8 @@ from ratchet.pipeline.workspace import clone
 
 T = TypeVar("T")
 OUTPUTS = ("data", "models", "reports")  # folders of what stages read and write
-TRAVELS = (
-    "dvc.lock",
-    "reports",
-    "models",
-    "data",
-)  # git tracks only parts of these, and only they may change
+# What a stage may change. Git tracks only parts of these: locks, .gitignore files, the verdict.
+TRAVELS = ("dvc.lock", *OUTPUTS)
 CHECKPOINT = Path("checkpoint")  # in the branch as checkpoint.dvc
 DONE, BEGUN, SAVED = "done", "begun", "checkpoint"
 ATTEMPT = re.compile(r"^Attempt: (\d+)$", re.MULTILINE)

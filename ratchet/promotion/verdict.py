@@ -53,6 +53,10 @@ class Rival(Struct, frozen=True):
     model: str
     version: int | None
 
+    @property
+    def told(self) -> str:
+        return "the untouched base" if self.version is None else f"v{self.version}"
+
 
 class Look(Struct, frozen=True):
     """The number of this candidate among those judged against this rival, and its allowed error."""

@@ -15,7 +15,7 @@ import msgspec
 from ratchet.data.profile import BatchProfile, Counts, Profile
 from ratchet.data.validation import REVIEW
 from ratchet.promotion.verdict import Check, Verdict
-from ratchet.reporting.markdown import LABELS, VERDICTS, mark
+from ratchet.reporting.markdown import LABELS, VERDICTS, mark, table_head, table_line
 
 MARKER = "<!-- ratchet changes -->"  # first line; by it the comment is found again
 LONGEST, MOST_LINES = 100, 30  # characters of a foreign text; lines of a table
@@ -260,9 +260,13 @@ def _cost(cost: Cost) -> list[str]:
 def _verdict(found: Changes, image: str) -> list[str]:
     if not (verdict := found.verdict):
         return ["## What this change does"]
-    rival = f"v{verdict.rival.version}" if verdict.rival.version is not None else "the untouched base"
-    checks = [*verdict.checks, *verdict.regions]
-    lines = [f"## {VERDICTS[verdict.verdict]}", "", f"The candidate against {rival}, on the same rows.", ""]
+    rival, checks = verdict.rival.told, [*verdict.checks, *verdict.regions]
+    lines = [
+        f"## {VERDICTS[verdict.verdict]}",
+        "",
+        f"The candidate against {rival}, on the same rows.",
+        "",
+    ]
     lines += [f"- {inert(reason, 300)}" for reason in verdict.reasons[:MOST_LINES]]
     lines += ["", f"![Forest plot of the gain in each check]({image})"] if image else []
     lines += ["", *_table(["", "check", "metric", "rows", "gain"], [_check(one) for one in checks])]
@@ -275,6 +279,5 @@ def _check(check: Check) -> list[str]:
 
 
 def _table(head: Sequence[str], rows: Sequence[Iterable[str]]) -> list[str]:
-    lines = [f"| {' | '.join(cells)} |" for cells in [head, *rows[:MOST_LINES]]]
-    more = [f"| … and {len(rows) - MOST_LINES} more |{' |' * (len(head) - 1)}"] if rows[MOST_LINES:] else []
-    return [lines[0], f"|{'---|' * len(head)}", *lines[1:], *more]
+    more = [[f"… and {len(rows) - MOST_LINES} more", *[""] * (len(head) - 1)]] if rows[MOST_LINES:] else []
+    return [*table_head(head), *map(table_line, [*rows[:MOST_LINES], *more])]

@@ -37,7 +37,7 @@ def draw_forest(verdict: Verdict) -> bytes:
         )
         for (place,), part in zip(axes, panels, strict=True):
             _draw_panel(place, part)
-    rival = f"v{verdict.rival.version}" if verdict.rival.version is not None else "the untouched base"
+    rival = verdict.rival.told
     figure.suptitle(f"{verdict.verdict}: gain over {rival}; | is the bound to clear", fontsize=10)
     out = io.BytesIO()
     figure.savefig(out, format="png", metadata={"Software": None})

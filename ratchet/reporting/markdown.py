@@ -167,12 +167,16 @@ def mark(result: str) -> str:
 def table(part: Mapping[str, Summary]) -> list[str]:
     """Return a table with one column per model and the 95 % interval in brackets."""
     models = [model for model in MODELS if model in part]
-    lines = _head(["", *models])
+    lines = table_head(["", *models])
     for key in metrics_of(part):
-        lines.append(_line([LABELS.get(key, key), *(_cell(part[model].scores.get(key)) for model in models)]))
+        lines.append(
+            table_line([LABELS.get(key, key), *(_cell(part[model].scores.get(key)) for model in models)])
+        )
     perplexities = [part[model].perplexity for model in models]
-    lines.append(_line(["perplexity", *("" if each is None else f"{each:.2f}" for each in perplexities)]))
-    return [*lines, _line(["rows", *(str(part[model].rows) for model in models)])]
+    lines.append(
+        table_line(["perplexity", *("" if each is None else f"{each:.2f}" for each in perplexities)])
+    )
+    return [*lines, table_line(["rows", *(str(part[model].rows) for model in models)])]
 
 
 def _gain_table(slices: list[Check]) -> list[str]:
@@ -183,8 +187,8 @@ def _gain_table(slices: list[Check]) -> list[str]:
         "",
         "### Gain by slice",
         "",
-        *_head(["slice", "rows", f"gain in {slices[0].metric}", ""]),
-        *(_line([_plain(one.name), str(one.rows), one.gain_text, mark(one.result)]) for one in slices),
+        *table_head(["slice", "rows", f"gain in {slices[0].metric}", ""]),
+        *(table_line([_plain(one.name), str(one.rows), one.gain_text, mark(one.result)]) for one in slices),
     ]
 
 
@@ -206,9 +210,9 @@ def _score_table(title: str, columns: list[str], rows: list[_Row], last: Sequenc
         "",
         f"### {title}",
         "",
-        *_head([*columns, *models, *last]),
+        *table_head([*columns, *models, *last]),
         *(
-            _line([*row.first, *(_cell(row.scores.get(model)) for model in models), *row.last])
+            table_line([*row.first, *(_cell(row.scores.get(model)) for model in models), *row.last])
             for row in rows
         ),
     ]
@@ -280,9 +284,9 @@ def _leak_table(found: dict[str, Exposure]) -> list[str]:
         "",
         "### Exposure of canaries (bits; 1.4 is chance, 7 known by heart)",
         "",
-        *_head(["model", "canaries", "planted", "never planted"]),
+        *table_head(["model", "canaries", "planted", "never planted"]),
         *(
-            _line([model, str(of.planted.rows), _cell(of.planted), _cell(of.reference)])
+            table_line([model, str(of.planted.rows), _cell(of.planted), _cell(of.reference)])
             for model in MODELS
             if (of := found.get(model))
         ),
@@ -302,11 +306,13 @@ def metrics_of(part: Mapping[str, Summary]) -> list[str]:
     ]
 
 
-def _head(cells: list[str]) -> list[str]:
-    return [_line(cells), f"|{'---|' * len(cells)}"]
+def table_head(cells: Sequence[str]) -> list[str]:
+    """Return the lines of a Markdown table's head."""
+    return [table_line(cells), f"|{'---|' * len(cells)}"]
 
 
-def _line(cells: Iterable[str]) -> str:
+def table_line(cells: Iterable[str]) -> str:
+    """Return a line of a Markdown table; the cells are Markdown."""
     return f"|{'|'.join(f' {cell} ' if cell else ' ' for cell in cells)}|"
 
 

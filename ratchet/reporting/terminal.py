@@ -24,7 +24,7 @@ def print_evaluation(found: Evaluated) -> None:
     from ratchet.reporting.markdown import LABELS, VERDICTS, audit_lines, mark
 
     console, decision, models = Console(), found.decision, found.models
-    rival = "the untouched base" if decision.rival.version is None else f"v{decision.rival.version}"
+    rival = decision.rival.told
     console.print(Text(f"{found.name} against {rival}: {VERDICTS[decision.verdict]}", style="bold"))
     if decision.candidate.trained_by:
         console.print(Text(f"  trained by {decision.candidate.trained_by}"))

@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from ratchet.config.params import Config
 NAMES = ("mlflow", "prefect", "deployments", "gateway")
 LAST_LINES = 15  # of a log, quoted in a message
-# One stands for all: the process polls for all of them together.
 POLLED = timedelta(seconds=60)  # after which Prefect itself takes a deployment's process for gone
 
 Report = Callable[[str], None]

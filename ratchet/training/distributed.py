@@ -42,7 +42,7 @@ def world_size() -> int:
 def become_torchrun(train: TrainConfig, module: str, arguments: Sequence[str]) -> None:
     """Replace this process by torchrun, unless torchrun started this process.
 
-    On several nodes the variables of a node (`NODE_VARIABLES`) say where it belongs. Raises ConfigError.
+    On several nodes `RENDEZVOUS` and `NODE` say where this one belongs. Raises ConfigError.
     """
     if "WORLD_SIZE" in os.environ:
         return
@@ -136,6 +136,11 @@ def connect() -> None:
         torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 
 
+def leads_another_node() -> bool:
+    """Return whether this is the first process of a node that is not node 0: it writes what node 0 sends."""
+    return rank() > 0 and os.environ.get("LOCAL_RANK") == "0" and os.environ.get("GROUP_RANK") != "0"
+
+
 def send_folder(source: Path | None, parent: Path) -> Path | None:
     """Copy rank 0's folder `source` into `parent` on each other node; return its place on this node.
 
@@ -147,7 +152,7 @@ def send_folder(source: Path | None, parent: Path) -> Path | None:
     if not name:
         return None
     target = source or parent / name
-    writes = rank() > 0 and os.environ.get("LOCAL_RANK") == "0" and os.environ.get("GROUP_RANK") != "0"
+    writes = leads_another_node()
     with whole_folder(target) if writes else nullcontext(target) as folder:
         for file, size in files:
             with (folder / file).open("wb") if writes else nullcontext() as out:
