@@ -25,6 +25,7 @@ import pytest
 from docker_engine import Engine, Unavailable, engine_in
 from patience import scaled
 from stand_in_images import build_stand_ins
+from tiny_project import EASY, tiny_project
 
 from ratchet.config.docs import render_params
 from ratchet.config.params import Config
@@ -165,31 +166,12 @@ def stack(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 def tiny_config() -> Config:
-    return Config.model_validate(
-        {
-            "project": {"name": "colours"},
-            "base": {
-                "demo": {
-                    "packages": ["asyncio"],
-                    "module_share": 1.0,
-                    "hidden_size": 32,
-                    "layers": 1,
-                    "heads": 2,
-                    "vocab_size": 400,
-                    "steps": 20,
-                }
-            },
-            "prepare": {"min_rows": 50},
-            "tokenize": {"max_length": 128, "window": 256},
-            # A checkpoint after every step, so that a kill finds one.
-            "train": {"epochs": 12, "batch_windows": 2, "learning_rate": 1.0e-2, "checkpoint_minutes": 0.0},
-            "adapter": {"rank": 8, "alpha": 16},
-            "evaluate": {"max_new_tokens": 6, "simple_baseline": False},
-            "gate": {"metric": "answer_nll", "min_rows": 20, "golden_margin": 1.0, "past_margin": 1.0},
-            "promotion": "auto",
-            "services": {"mlflow_port": free_port(), "prefect_port": free_port()},
-            "gateway": {"port": free_port()},
-        }
+    return tiny_project(
+        # A checkpoint after every step, so that a kill finds one.
+        train={"epochs": 12, "checkpoint_minutes": 0.0},
+        **EASY,
+        services={"mlflow_port": free_port(), "prefect_port": free_port()},
+        gateway={"port": free_port()},
     )
 
 

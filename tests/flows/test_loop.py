@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from patience import within
+from tiny_project import EASY, tiny_project
 
 from ratchet.config.docs import render_params
 from ratchet.config.params import Config
@@ -47,31 +48,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def tiny_config() -> Config:
-    mlflow, prefect = free_port(), free_port()
-    return Config.model_validate(
-        {
-            "project": {"name": "colours"},
-            "base": {
-                "demo": {
-                    "packages": ["asyncio"],
-                    "module_share": 1.0,
-                    "hidden_size": 32,
-                    "layers": 1,
-                    "heads": 2,
-                    "vocab_size": 400,
-                    "steps": 20,
-                }
-            },
-            "prepare": {"min_rows": 50},
-            "tokenize": {"max_length": 128, "window": 256},
-            "train": {"epochs": 12, "batch_windows": 2, "learning_rate": 1.0e-2},
-            "adapter": {"rank": 8, "alpha": 16},
-            "evaluate": {"max_new_tokens": 6, "simple_baseline": False},
-            "gate": {"metric": "answer_nll", "min_rows": 20, "golden_margin": 1.0, "past_margin": 1.0},
-            "promotion": "auto",
-            "services": {"mlflow_port": mlflow, "prefect_port": prefect},
-            "gateway": {"port": free_port()},
-        }
+    return tiny_project(
+        train={"epochs": 12},
+        **EASY,
+        services={"mlflow_port": free_port(), "prefect_port": free_port()},
+        gateway={"port": free_port()},
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from patience import scaled
+from tiny_project import tiny_project
 
 from ratchet.config.docs import render_params
 from ratchet.config.params import Config, load_config
@@ -30,38 +31,20 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
 
 def small_config(**sweep: Any) -> Config:
-    return Config.model_validate(
-        {
-            "project": {"name": "colours"},
-            "base": {
-                "demo": {
-                    "packages": ["asyncio"],
-                    "module_share": 1.0,
-                    "hidden_size": 32,
-                    "layers": 1,
-                    "heads": 2,
-                    "vocab_size": 400,
-                    "steps": 20,
-                }
+    return tiny_project(
+        train={"epochs": 3},
+        gate={"min_rows": 20},
+        sweep={
+            "space": {
+                "train.learning_rate": {"low": 1e-4, "high": 3e-2, "log": True},
+                "adapter.rank": [4, 8],
             },
-            "prepare": {"min_rows": 50},
-            "tokenize": {"max_length": 128, "window": 256},
-            "train": {"epochs": 3, "batch_windows": 2, "learning_rate": 1.0e-2},
-            "adapter": {"rank": 8, "alpha": 16},
-            "evaluate": {"max_new_tokens": 6, "simple_baseline": False},
-            "gate": {"min_rows": 20},
-            "sweep": {
-                "space": {
-                    "train.learning_rate": {"low": 1e-4, "high": 3e-2, "log": True},
-                    "adapter.rank": [4, 8],
-                },
-                "trials": 3,
-                "startup_trials": 2,
-                **sweep,
-            },
-            "services": {"mlflow_port": free_port(), "prefect_port": free_port()},
-            "gateway": {"port": free_port()},
-        }
+            "trials": 3,
+            "startup_trials": 2,
+            **sweep,
+        },
+        services={"mlflow_port": free_port(), "prefect_port": free_port()},
+        gateway={"port": free_port()},
     )
 
 

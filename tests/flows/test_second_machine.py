@@ -20,6 +20,7 @@ import psutil
 import pytest
 from patience import scaled
 from ruamel.yaml import YAML
+from tiny_project import EASY, tiny_project
 
 from ratchet.config.docs import render_params
 from ratchet.config.params import Config
@@ -38,36 +39,11 @@ SERVERS = {
 
 
 def tiny_config() -> Config:
-    return Config.model_validate(
-        {
-            "project": {"name": "colours"},
-            "base": {
-                "demo": {
-                    "packages": ["asyncio"],
-                    "module_share": 1.0,
-                    "hidden_size": 32,
-                    "layers": 1,
-                    "heads": 2,
-                    "vocab_size": 400,
-                    "steps": 20,
-                }
-            },
-            "prepare": {"min_rows": 50},
-            "tokenize": {"max_length": 128, "window": 256},
-            "train": {
-                "epochs": 6,
-                "batch_windows": 2,
-                "learning_rate": 1.0e-2,
-                "checkpoint_minutes": 0.0,
-                "patience": 100,
-            },
-            "adapter": {"rank": 8, "alpha": 16},
-            "evaluate": {"max_new_tokens": 6, "simple_baseline": False},
-            "gate": {"metric": "answer_nll", "min_rows": 20, "golden_margin": 1.0, "past_margin": 1.0},
-            "promotion": "auto",
-            "landing": "push",
-            "execution": {"train": {"pool": "gpu", "lease_minutes": 1.0}},
-        }
+    return tiny_project(
+        train={"epochs": 6, "checkpoint_minutes": 0.0, "patience": 100},
+        **EASY,
+        landing="push",
+        execution={"train": {"pool": "gpu", "lease_minutes": 1.0}},
     )
 
 

@@ -6,13 +6,12 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from patience import scaled
-from postgres import PASSWORD, connect, postgres
+from postgres import PASSWORD
 
 from ratchet.config.params import load_config
 from ratchet.data.examples import Message
@@ -34,20 +33,11 @@ from tasks.storage import FILES, move_storage, where
 ROWS = 1200  # requests, more than fit in one chunk
 
 
-@pytest.fixture(scope="module")
-def port() -> Iterator[int]:
-    with postgres() as number:
-        yield number
-
-
 @pytest.fixture
-def url(port: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def url(port: int, database: str, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.delenv(URL_VARIABLE, raising=False)
     monkeypatch.setenv("PGPASSWORD", PASSWORD)
-    name = f"m{abs(hash(request.node.name))}"
-    with connect(port) as connection:
-        connection.execute(f"CREATE DATABASE {name}")
-    return f"postgresql://ana@127.0.0.1:{port}/{name}"
+    return f"postgresql://ana@127.0.0.1:{port}/{database}"
 
 
 @pytest.fixture

@@ -8,13 +8,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from patience import scaled
-from postgres import QUOTED, connect, postgres
+from postgres import QUOTED
 
 from ratchet.config.params import Config, parse_config
 from ratchet.data.examples import Message
@@ -46,19 +45,10 @@ from ratchet.storage.documents import make_document, read_document, remove_docum
 NAME = Path(".ratchet/some.json")
 
 
-@pytest.fixture(scope="module")
-def port() -> Iterator[int]:
-    with postgres() as number:
-        yield number
-
-
 @pytest.fixture
-def url(port: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def url(port: int, database: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """A database of the test's own, which every checkout of this process shares."""
-    name = f"t{abs(hash(request.node.name))}"
-    with connect(port) as connection:
-        connection.execute(f"CREATE DATABASE {name}")
-    found = f"postgresql+psycopg://ana:{QUOTED}@127.0.0.1:{port}/{name}"
+    found = f"postgresql+psycopg://ana:{QUOTED}@127.0.0.1:{port}/{database}"
     monkeypatch.setenv(URL_VARIABLE, found)
     return found
 
