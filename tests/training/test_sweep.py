@@ -253,16 +253,13 @@ def test_an_interrupted_sweep_goes_on_with_the_same_study(
         stdout=subprocess.DEVNULL,
     )
     until = time.monotonic() + scaled(60)
-    while (
-        not (trainings := list((home / ".ratchet/sweeps").glob("*/*/.reports.*.tmp/history.jsonl")))
-        and time.monotonic() < until
-        and started.poll() is None
-    ):
+    while not training_in(home) and time.monotonic() < until and started.poll() is None:
         time.sleep(0.05)
-    child = int(trainings[0].parent.name.split(".")[2])
+    assert training_in(home), "its training has begun"
+    [child] = psutil.Process(started.pid).children()
     os.kill(started.pid, signal.SIGKILL)
     started.wait()
-    assert psutil.Process(child).status() != psutil.STATUS_ZOMBIE, "its training goes on without it"
+    assert child.is_running() and child.status() != psutil.STATUS_ZOMBIE, "its training goes on without it"
 
     said: list[str] = []
     search = search_in(home, config, material, said)
@@ -277,9 +274,14 @@ def test_an_interrupted_sweep_goes_on_with_the_same_study(
         "what was lost or put back is no trial"
     )
     assert len(list((home / ".ratchet/sweeps").glob("*/"))) == 1
-    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE, (
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, (
         "the orphan was ended before its folder was used again"
     )
+
+
+def training_in(home: Path) -> bool:
+    """Whether a trial's training has written the first lines of its curve."""
+    return any((home / ".ratchet/sweeps").glob("*/*/.reports.*.tmp/history.jsonl"))
 
 
 def interrupt(search: Search, trial: optuna.Trial, material: Material) -> None:
@@ -288,10 +290,9 @@ def interrupt(search: Search, trial: optuna.Trial, material: Material) -> None:
 
     def watch() -> None:
         while not over.wait(0.05):
-            for child in psutil.Process().children():
-                if list(search.folder.glob(f"*/.reports.{child.pid}.tmp/history.jsonl")):
-                    os.kill(os.getpid(), signal.SIGINT)
-                    return
+            if any(search.folder.glob("*/.reports.*.tmp/history.jsonl")):
+                os.kill(os.getpid(), signal.SIGINT)
+                return
 
     watcher = threading.Thread(target=watch)
     watcher.start()
