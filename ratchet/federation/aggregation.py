@@ -8,8 +8,9 @@ is kept beside them as a residual of low rank. All is computed in float64.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,20 @@ DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 ZERO = 1e-12  # singular values below this share of the largest one are rounding
 
 Adapter = Mapping[str, Tensor]  # weights by the names that PEFT saves them under
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute with one thread: the last bits of a decomposition depend on how many there are.
+
+    A coordinator that goes on with another `OMP_NUM_THREADS` is to end in the same bytes.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class LowRank(NamedTuple):
@@ -36,6 +51,7 @@ class LowRank(NamedTuple):
     def dense(self) -> Tensor:
         return self.up @ self.down
 
+    @one_thread()
     def cut(self, rank: int | None = None) -> tuple[LowRank, float]:
         """Return the nearest matrix of at most `rank`, and the Frobenius norm of what is missing.
 

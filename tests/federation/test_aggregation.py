@@ -133,6 +133,19 @@ def test_an_aggregate_without_residual_is_its_own_adapter() -> None:
     assert all(torch.equal(found.adapter[name], weight) for name, weight in node(1).items())
 
 
+def test_the_number_of_threads_changes_no_bit() -> None:
+    """A coordinator may go on with another one."""
+    chance = torch.Generator().manual_seed(7)
+    wide = LowRank(*(torch.randn(*shape, generator=chance).double() for shape in ((88, 32), (32, 88))))
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(wide.cut()[0])
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(before)
+    assert torch.equal(found[0].up, found[1].up) and torch.equal(found[0].down, found[1].down)
+
+
 def test_a_matrix_of_zeros_can_be_cut() -> None:
     nothing, lost = LowRank(torch.zeros(6, 3).double(), torch.zeros(3, 5).double()).cut()
     assert (nothing.rank, lost) == (1, 0.0)
