@@ -23,6 +23,7 @@ from rich.table import Table
 from ratchet.config.data import PydocSource
 from ratchet.config.docs import render_params
 from ratchet.config.params import Config
+from ratchet.data.batches import MANIFEST as BATCHES
 from ratchet.demo.checkout import (
     AUTHOR,
     cell,
@@ -47,6 +48,8 @@ from ratchet.sources.pydoc import harvest
 
 PLACE = Path(".ratchet/federated")
 COORDINATOR = "coordinator"
+APART, EVERYTHING = "apart", "all rows in one place"
+PARAMS = "params.json"
 # What each node's people mostly write about. All are in the standard library of any Python.
 NODES = {
     "north": "email http urllib smtplib imaplib mailbox ftplib wsgiref xmlrpc ssl ipaddress",
@@ -56,7 +59,7 @@ NODES = {
 KEPT = 15  # percent of the rows that the coordinator has for the evaluation, and no node
 OTHERS = 60  # percent of the rows that go to any node, whatever they are about
 GOLDEN_ROWS = 100
-ROUNDS = 4
+ROUNDS = 3
 SETTINGS: dict[str, Any] = {
     "project": {"name": "federated"},
     "prepare": {"min_rows": 40},
@@ -69,11 +72,16 @@ SETTINGS: dict[str, Any] = {
     "federate": {"rounds": ROUNDS, "min_nodes": 3},
     "promotion": "auto",
 }
+NODE_SHARES = {"test_share": 0.1, "validation_share": 0.1}
 EPSILON = 8.0
-# The same passes in half the rounds. Noise is added to every weight, so a small rank loses less to it.
+# Two long rounds: noise is added in each step, to the sum over its rows, so many rows a step are better.
 PRIVATE: dict[str, Any] = {
-    "train": {"start_from": "base", "epochs": 6.0, "privacy": {"epsilon": EPSILON, "batch_rows": 400}},
-    "adapter": {"rank": 4, "alpha": 8.0},
+    "train": {
+        "start_from": "base",
+        "epochs": 6.0,
+        "learning_rate": 2.0e-2,
+        "privacy": {"epsilon": EPSILON, "batch_rows": 200},
+    },
     "federate": {"rounds": 2},
 }
 
@@ -118,28 +126,18 @@ def run_demo(root: Path, *, compare: bool = True) -> None:
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
     step("1  A coordinator and three nodes: four clones, each with rows of its own, and the same base")
-    base, rows = _make_base(place), deal_rows()
+    base, rows = place / "base", deal_rows()
     with ThreadPoolExecutor(2) as pool:
+        made = pool.submit(_make_base, place, base)
         making = {name: pool.submit(_make_node, root, name, base, rows[name]) for name in NODES}
         coordinator = _make_coordinator(root, base, rows[COORDINATOR])
-        nodes = {name: made.result() for name, made in making.items()}
-    step("2  The coordinator listens, with a certificate of its own; each node joins by its invitation")
-    ratchet(coordinator, "up")
-    ratchet(coordinator, "federate", "up")
-    for name in nodes:
-        ratchet(coordinator, "federate", "invite", name, "--out", str(place / f"{name}.invitation"))
-    for name, home in nodes.items():
-        ratchet(home, "federate", "join", str(place / f"{name}.invitation"))
-        (place / f"{name}.invitation").unlink()
-    step(f"3  {ROUNDS} rounds: the adapter goes out, each node trains it, the updates become one")
-    ratchet(coordinator, "federate", "run", "--reason", "three nodes, no row shared")
-    ratchet(coordinator, "federate", "status")
-    together = _judged(coordinator)
-    step(f"4  The same rows with differential privacy, ε = {EPSILON:g}: its version meets the same gate")
-    _ask_for_privacy(coordinator)
-    ratchet(coordinator, "federate", "run", "--reason", f"the same rows with ε = {EPSILON:g}")
-    private = _judged(coordinator)
-    alone = _compare(root, base, rows, nodes, coordinator) if compare else {}
+        nodes = {name: node.result() for name, node in making.items()}
+        made.result()
+    with ThreadPoolExecutor(1) as aside:
+        comparing = aside.submit(_train_apart, place, base, nodes) if compare else None
+        together, private = _train_together(place, coordinator, nodes)
+        step("5  For comparison: each node alone, and all rows together in one place, as long as the rounds")
+        alone = _evaluate_apart(comparing.result(), base, coordinator) if comparing else {}
     _print_table(together, private, alone)
     _print_verdict("three nodes", together)
     _print_verdict(f"three nodes, ε = {EPSILON:g}", private)
@@ -153,28 +151,37 @@ def run_demo(root: Path, *, compare: bool = True) -> None:
     )
 
 
-def _compare(
-    root: Path, base: Path, rows: dict[str, list[bytes]], nodes: dict[str, Path], coordinator: Path
-) -> dict[str, Path]:
-    """Train each node alone, and on all rows in one place; return their checkouts."""
-    step("5  For comparison: each node alone, and all rows together in one place, as long as the rounds")
-    everything = [row for name in NODES for row in rows[name]]
-    alone = {"all rows in one place": _make_node(root, "together", base, everything), **nodes}
-    for home in nodes.values():  # what a node trains now is not a round
-        ratchet(home, "federate", "down")
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda home: _train_alone(home, coordinator), alone.values()))
-    return alone
+def _train_together(place: Path, coordinator: Path, nodes: dict[str, Path]) -> tuple[Judged, Judged]:
+    """Let the nodes join and train, without and with differential privacy; return what became of both."""
+    step("2  The coordinator listens, with a certificate of its own; each node joins by its invitation")
+    ratchet(coordinator, "up")
+    ratchet(coordinator, "federate", "up")
+    for name in nodes:
+        ratchet(coordinator, "federate", "invite", name, "--out", str(place / f"{name}.invitation"))
+    with ThreadPoolExecutor(len(nodes)) as pool:
+        list(pool.map(lambda home: _join(home, place / f"{home.name}.invitation"), nodes.values()))
+    step(f"3  {ROUNDS} rounds: the adapter goes out, each node trains it, the updates become one")
+    ratchet(coordinator, "federate", "run", "--reason", "three nodes, no row shared")
+    ratchet(coordinator, "federate", "status")
+    together = _judged(coordinator)
+    step(f"4  The same rows with differential privacy, ε = {EPSILON:g}: its version meets the same gate")
+    _ask_for_privacy(coordinator)
+    ratchet(coordinator, "federate", "run", "--reason", f"the same rows with ε = {EPSILON:g}")
+    return together, _judged(coordinator)
 
 
-def _make_base(place: Path) -> Path:
+def _join(home: Path, invitation: Path) -> None:
+    ratchet(home, "federate", "join", str(invitation))
+    invitation.unlink()
+
+
+def _make_base(place: Path, base: Path) -> None:
     """Pre-train the base once: on another machine a base has other rounding, and would be another one."""
     params = place / "base.yaml"
     write_text(params, render_params(Config.model_validate(make_values("demo", SETTINGS))))
     command = [sys.executable, "-m", "tasks.base", "--params", str(params)]
-    paths = ["--out", str(place / "base"), "--proof", str(place / "base.json")]
+    paths = ["--out", str(base), "--proof", str(place / "base.json")]
     run(place, [*command, *paths], told="python -m tasks.base")
-    return place / "base"
 
 
 def _settings(base: Path, more: dict[str, Any]) -> dict[str, Any]:
@@ -196,7 +203,7 @@ def _make_coordinator(root: Path, base: Path, rows: list[bytes]) -> Path:
 
 
 def _make_node(root: Path, name: str, base: Path, rows: list[bytes]) -> Path:
-    more = {"prepare": {"test_share": 0.1, "validation_share": 0.1}}
+    more = {"prepare": NODE_SHARES}
     home = make_checkout(root, PLACE / name, _settings(base, more))
     path = home / ".ratchet/rows.jsonl"
     write_bytes(path, rows)
@@ -204,33 +211,63 @@ def _make_node(root: Path, name: str, base: Path, rows: list[bytes]) -> Path:
     return home
 
 
-def _train_alone(home: Path, coordinator: Path) -> None:
-    """Train on a checkout's own rows as long as in all rounds, and evaluate on the coordinator's rows."""
-    out = home / ".ratchet/alone"
-    out.mkdir()
-    nobody = out / "nobody"
+def _train_apart(place: Path, base: Path, nodes: dict[str, Path]) -> dict[str, Path]:
+    """Train on each node's rows alone, and on those of all in one place, as long as in all rounds.
+
+    All that is made of a training's rows lies in a folder, which is returned by its name. The trainings take
+    what the rounds leave of this machine.
+    """
+    whole = place / APART / EVERYTHING / "raw"
+    whole.mkdir(parents=True)
+    raws = [home / "data/raw" for home in nodes.values()]
+    for path in (path for raw in raws for path in raw.glob("*.jsonl")):
+        shutil.copy(path, whole)
+    write_bytes(whole / BATCHES, [(raw / BATCHES).read_bytes() for raw in raws])
+    values = make_values(str(base), SETTINGS)
+    values["prepare"] |= NODE_SHARES
+    values["train"] |= {"epochs": SETTINGS["train"]["epochs"] * ROUNDS}
+    write_json(place / APART / PARAMS, values)
+    asked = {EVERYTHING: whole, **dict(zip(nodes, raws, strict=True))}  # the longest first
+    with ThreadPoolExecutor(2) as pool:
+        made = [pool.submit(_train_alone, place / APART / name, base, raw) for name, raw in asked.items()]
+        return {name: each.result() for name, each in zip(asked, made, strict=True)}
+
+
+def _train_alone(out: Path, base: Path, raw: Path) -> Path:
+    nobody, none = out / "nobody", out / "none.jsonl"
     write_json(nobody / MANIFEST, {"version": None, "batches": []})
-    params, base = home / "params.yaml", coordinator / "models/base"
-    values = msgspec.yaml.decode(params.read_bytes())
-    values["train"] = values.get("train", {}) | {"epochs": SETTINGS["train"]["epochs"] * ROUNDS}
-    write_json(out / "params.json", values)
-    data, shared = home / "data", {"base": base, "incumbent": nobody}
-    prepared, tokens, candidate = out / "prepared", out / "tokenized", out / "candidate"
-    raw = {"raw": data / "raw", "golden": data / "golden.jsonl", "forgotten": data / "forgotten.jsonl"}
-    asked = {"prepared": coordinator / "data/prepared", "candidate": candidate, "own": home / "metrics"}
-    for stage, paths in {
-        "prepare": {**raw, "out": prepared},
+    write_bytes(none, [])
+    prepared, tokens, shared = out / "prepared", out / "tokenized", {"base": base, "incumbent": nobody}
+    stages = {
+        "prepare": {"raw": raw, "golden": none, "forgotten": none, "out": prepared},
         "tokenize": {**shared, "prepared": prepared, "out": tokens},
-        "train": {**shared, "tokens": tokens, "out": candidate, "reports": out / "train"},
-        "evaluate": {
-            **(shared | asked),
-            "region": coordinator / "data/region.json",
-            "out": out / "evaluation",
-        },
-    }.items():
-        command = [sys.executable, "-m", f"tasks.{stage}", "--params", str(out / "params.json")]
-        flags = [part for name, path in paths.items() for part in (f"--{name}", str(path))]
-        run(home, [*command, *flags], told=f"python -m tasks.{stage} in {shown(home)}")
+        "train": {**shared, "tokens": tokens, "out": out / "candidate", "reports": out / "train"},
+    }
+    for stage, paths in stages.items():
+        _run_aside(out, stage, paths)
+    return out
+
+
+def _evaluate_apart(trained: dict[str, Path], base: Path, coordinator: Path) -> dict[str, Metrics]:
+    """Evaluate on the coordinator's rows what was trained apart."""
+    rows = {"prepared": coordinator / "data/prepared", "region": coordinator / "data/region.json"}
+
+    def evaluate(out: Path) -> Metrics:
+        paths = {"base": base, "incumbent": out / "nobody", "candidate": out / "candidate"}
+        found = {**rows, **paths, "own": coordinator / "metrics", "out": out / "evaluation"}
+        _run_aside(out, "evaluate", found)
+        return read_metrics(found["out"])
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(trained, pool.map(evaluate, trained.values()), strict=True))
+
+
+def _run_aside(out: Path, stage: str, paths: dict[str, Path]) -> None:
+    """Run a stage after all that has another priority. Raises RatchetError."""
+    flags = [part for name, path in paths.items() for part in (f"--{name}", str(path))]
+    command = [sys.executable, "-m", f"tasks.{stage}", "--params", str(out.parent / PARAMS), *flags]
+    told = f"python -m tasks.{stage} for {out.name!r}, log in {shown(out)}"
+    run(out, ["nice", "-n", "10", *command], told=told, log=out / f"{stage}.log")
 
 
 def _ask_for_privacy(coordinator: Path) -> None:
@@ -252,19 +289,18 @@ def _judged(coordinator: Path) -> Judged:
     )
 
 
-def _print_table(together: Judged, private: Judged, alone: dict[str, Path]) -> None:
+def _print_table(together: Judged, private: Judged, alone: dict[str, Metrics]) -> None:
     table = Table(
         title="exact match on the coordinator's rows, which no node has [95 % interval]", title_justify="left"
     )
     for title in ("trained by", "test rows", "golden rows"):
         table.add_column(title)
-    own = {name: read_metrics(home / ".ratchet/alone/evaluation") for name, home in alone.items()}
     lines = [
         ("nobody: the base", together.metrics, "base"),
-        *((f"{name} alone", own[name], "candidate") for name in NODES if name in own),
+        *((f"{name} alone", alone[name], "candidate") for name in NODES if name in alone),
         (f"three nodes together, ε = {EPSILON:g} for each row", private.metrics, "candidate"),
         ("[bold]three nodes together, no row shared[/bold]", together.metrics, "candidate"),
-        *((name, found, "candidate") for name, found in own.items() if name not in NODES),
+        *((name, alone[name], "candidate") for name in (EVERYTHING,) if name in alone),
     ]
     for told, metrics, model in lines:
         cells = (cell(metrics.slices[part][model].scores["exact_match"]) for part in ("test", "golden"))
