@@ -30,6 +30,7 @@ from ratchet.federation.messages import Audit, Score
 from ratchet.federation.node import identity, write_adapter
 from ratchet.federation.records import ROUNDS, Round, read_forgotten_nodes
 from ratchet.federation.rounds import Link, Plan, Say, run_rounds, score_at_nodes
+from ratchet.federation.secure import SharesWrong
 from ratchet.federation.state import distance, split, updates_of
 from ratchet.files import read_json, sha256_json, whole_folder, write_json
 from ratchet.models.adapters import complete_version, load_trainable, save_trained
@@ -89,7 +90,8 @@ def check_trainable(config: Config) -> None:
 def train_together(workspace: Path, root: Path, config: Config, link: Link, say: Say) -> Figures:
     """Run the rounds from `workspace`'s base and incumbent; write the candidate and its reports there.
 
-    Raises UserError: too few nodes take part; BaseModelError: the champion cannot be gone on from.
+    Raises UserError: too few nodes take part; SharesWrong: the run is given up; BaseModelError: the champion
+    cannot be gone on from.
     """
     base, incumbent = workspace / "models/base", workspace / "models/incumbent"
     adapter = config.adapter
@@ -110,7 +112,11 @@ def train_together(workspace: Path, root: Path, config: Config, link: Link, say:
     plan = Plan(run, params, identity(base), adapter_config, scale, config.federate)
     origin = "the champion" if from_champion else "the base"
     say(f"federate: run {run}, {config.federate.rounds} rounds, from {origin}")
-    found, rounds = run_rounds(link, root / RUN / "rounds", start, plan, say)
+    try:
+        found, rounds = run_rounds(link, root / RUN / "rounds", start, plan, say)
+    except SharesWrong:
+        forget_run(root)
+        raise
     if not any(each.moved for each in rounds):
         raise BaseModelError(
             "no round moved the weights: the nodes send back what they got",

@@ -66,8 +66,18 @@ def encode(values: NDArray[np.floating], members: int) -> Words:
 
 
 def decode(words: Words) -> NDArray[np.float64]:
-    """Return the numbers of a sum of encoded vectors."""
-    return words.view(np.int64).astype(np.float64) / STEPS
+    """Return the numbers of a sum of encoded vectors.
+
+    Raises DataError: it is none. What is left of a mask after a wrong share is as random as the mask, so half
+    of its words are as large as no sum of encoded numbers.
+    """
+    steps = words.view(np.int64)
+    if large := int(((steps >= MOST) | (steps <= -MOST)).sum()):
+        raise DataError(
+            f"the sum holds {large} numbers of {len(steps)} that no sum of nodes can hold",
+            remedy="a node sent a wrong share: start the round again",
+        )
+    return steps.astype(np.float64) / STEPS
 
 
 # --- shares of a secret ---

@@ -25,7 +25,7 @@ from ratchet.federation import aggregation, messages
 from ratchet.federation.aggregation import Aggregate, LowRank
 from ratchet.federation.messages import write_message
 from ratchet.federation.records import RECORD, Part, Round
-from ratchet.federation.secure import SharesMissing, Sum, check_enough
+from ratchet.federation.secure import SharesMissing, SharesWrong, Sum, check_enough
 from ratchet.federation.state import distance, read_state, state_tensors, updates_of, write_state
 from ratchet.federation.strategies import make_strategy
 from ratchet.files import read_json, write_bytes, write_json
@@ -82,7 +82,7 @@ def run_rounds(
 ) -> tuple[Aggregate, list[Round]]:
     """Return the global adapter after the last round, and the records of all.
 
-    Raises UserError: too few nodes took part in a round.
+    Raises UserError: too few nodes took part in a round; SharesWrong.
     """
     current, records = start, []
     for number in range(1, plan.settings.rounds + 1):
@@ -95,6 +95,8 @@ def run_rounds(
         else:
             try:
                 current, record = _run_round(link, folder, current, plan, number, say)
+            except SharesWrong:
+                raise
             except SharesMissing:
                 # Nothing but the shares is asked for again: a node gives them in one try of a sum only.
                 link.forget(f"{plan.run}-{number}-{_attempt(home)}-reveal")

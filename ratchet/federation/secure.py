@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ratchet.errors import RatchetError, UserError
+from ratchet.errors import DataError, RatchetError, UserError
 from ratchet.federation import masking, messages
 from ratchet.federation.aggregation import DOWN, UP
 from ratchet.federation.messages import Message, write_message
@@ -56,6 +56,10 @@ class SharesMissing(UserError):
     """The vectors are here, and too few shares of their masks: the same shares can be asked for again."""
 
 
+class SharesWrong(UserError):
+    """The shares that nodes gave fit no mask: nodes give them once, so the run cannot be gone on with."""
+
+
 def check_enough(number: int, nodes: Sized, least: int, left_out: Mapping[str, str]) -> None:
     """Raise UserError unless a round has the updates of enough nodes; `left_out`: name → reason."""
     if len(nodes) < least:
@@ -94,7 +98,8 @@ class Sum:
     def total(self, nodes: list[str], length: int) -> tuple[Words, list[str]]:
         """Return the sum of the nodes' vectors of this length, and who is in it.
 
-        Raises UserError: too few of them went through; SharesMissing: they did, and then went away.
+        Raises UserError: too few of them went through; SharesMissing: they did, and then went away;
+        SharesWrong.
         """
         places = dict(enumerate(sorted(nodes), start=1))
         threshold, which = len(places) // 2 + 1, self._which
@@ -146,17 +151,28 @@ class Sum:
                 remedy="the champion stays; start the training again when the nodes that are named are back: "
                 "they are asked for the same shares",
             )
-        total = masking.unmask(
-            vectors,
-            {place: masking.Publics(*map(bytes.fromhex, publics[place])) for place in dealt},
-            [
-                masking.Revealed(_shares(place, found.header.keys), _shares(place, found.header.seeds))
-                for place, found in revealed.items()
-            ],
-            tag=tag_of(*which),
-            threshold=threshold,
-        )
-        return masking.decode(total), [places[place] for place in sent]
+        try:
+            values = masking.decode(
+                masking.unmask(
+                    vectors,
+                    {place: masking.Publics(*map(bytes.fromhex, publics[place])) for place in dealt},
+                    [
+                        masking.Revealed(
+                            _shares(place, found.header.keys), _shares(place, found.header.seeds)
+                        )
+                        for place, found in revealed.items()
+                    ],
+                    tag=tag_of(*which),
+                    threshold=threshold,
+                )
+            )
+        except DataError as error:
+            raise SharesWrong(
+                f"round {self._number}: {str(error).splitlines()[0]}",
+                remedy="the champion stays, and the run is given up: start the training again, which begins "
+                "another one; a node of the sum sent a wrong share, and which one cannot be told",
+            ) from error
+        return values, [places[place] for place in sent]
 
     def _step(
         self, name: str, requests: Mapping[int, messages.Request], places: Mapping[int, str]

@@ -23,7 +23,7 @@ from ratchet.federation.masking import encode
 from ratchet.federation.messages import Trained, read_request, write_message
 from ratchet.federation.records import NODE
 from ratchet.federation.rounds import Plan, run_rounds, score_at_nodes
-from ratchet.federation.secure import words_of
+from ratchet.federation.secure import SharesWrong, words_of
 from ratchet.federation.state import GLOBAL, KEPT, read_state, split, state_tensors, updates_of, write_state
 from ratchet.files import write_bytes
 
@@ -438,6 +438,26 @@ def test_too_many_that_drop_out_end_the_run(tmp_path):
     link.away = {"b": "mask"}
     with pytest.raises(UserError, match=r"updates of 2 nodes, wanted 3 \(b: mask: no reply"):
         run_rounds(link, tmp_path / "secure", Aggregate(adapter(1), {}), plan(rounds=1, **SECURE), quiet)
+
+
+class Wrong(Secure):
+    """One node adds 1 to a share that it gives."""
+
+    def trained(self, name: str, request: bytes) -> bytes:
+        reply = super().trained(name, request)
+        if name != "b" or not isinstance(read_request(request).header, messages.Reveal):
+            return reply
+        shares = messages.read_reply(reply).header
+        first = min(shares.seeds)
+        wrong = {**shares.seeds, first: hex(int(shares.seeds[first], 16) + 1)}
+        return write_message(messages.Revealed(shares.keys, wrong))
+
+
+def test_a_wrong_share_ends_the_run_and_says_that_another_one_is_wanted(tmp_path):
+    link = Wrong(tmp_path / "nodes", ROWS)
+    with pytest.raises(SharesWrong, match=r"round 1: the sum holds .* no sum of nodes") as found:
+        run_rounds(link, tmp_path / "secure", Aggregate(adapter(1), {}), plan(rounds=1, **SECURE), quiet)
+    assert "begins another one" in found.value.remedy
 
 
 def answer(root: Path, asked: messages.Request) -> Any:

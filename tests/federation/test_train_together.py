@@ -21,10 +21,11 @@ from ratchet.errors import ConfigError, UserError
 from ratchet.federation.link.flower import FOLDER
 from ratchet.federation.messages import Refused, Train, Trained, read_request, write_message
 from ratchet.federation.records import FORGOTTEN, ForgottenNode, read_trained_rounds
+from ratchet.federation.secure import SharesWrong
 from ratchet.federation.state import GLOBAL
 from ratchet.files import read_json, write_json
 from ratchet.models.manifests import TrainedManifest, read_trained_manifest
-from tasks.federate import check_trainable, forget_run, train_together
+from tasks.federate import check_trainable, forget_run, is_interrupted, train_together
 
 
 class Crafted:
@@ -102,6 +103,20 @@ def test_what_nodes_taught_is_known_until_it_is_forgotten(coordinator: Coordinat
     third, said = coordinator.train(Crafted("north"))
     assert (third.inputs.start, third.taught_by) == ("base", ["north"])
     assert "federate: from the base, since south taught the champion and was forgotten" in said
+
+
+class WrongShares(Crafted):
+    """Nodes whose shares do not fit."""
+
+    def ask(self, requests: Mapping[str, bytes], seconds: float, name: str) -> dict[str, bytes | str]:
+        raise SharesWrong("they do not fit")
+
+
+def test_after_a_wrong_share_another_run_begins(coordinator: Coordinator) -> None:
+    """Nodes give their shares of a round once: the same run would be refused for good."""
+    with pytest.raises(SharesWrong):
+        coordinator.train(WrongShares("north", "south"))
+    assert not is_interrupted(coordinator.root)
 
 
 def test_the_reports_are_those_of_a_training_with_each_round(coordinator: Coordinator) -> None:
