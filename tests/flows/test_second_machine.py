@@ -14,7 +14,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import pytest
@@ -36,6 +38,13 @@ SERVERS = {
     "RATCHET_TEST_PATIENCE": "1",
     "OMP_NUM_THREADS": "1",
 }
+
+
+class Server(NamedTuple):
+    """One of the hub's servers, which can be killed and started again."""
+
+    process: subprocess.Popen[bytes]
+    again: Callable[[], subprocess.Popen[bytes]]
 
 
 def tiny_config() -> Config:
@@ -76,6 +85,9 @@ def cable() -> Iterator[None]:
 
 
 STARTED: list[subprocess.Popen[bytes]] = []
+RUNNING: dict[str, Server] = {}
+OUTAGE_SECONDS = 60
+POINTS = "len(client.get_metric_history(run, 'validation_loss'))"
 
 
 def start(command: list[str], cwd: Path, log: Path, **more: str) -> subprocess.Popen[bytes]:
@@ -150,12 +162,12 @@ def place(cable: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pat
     stored = ["--backend-store-uri", f"sqlite:///{hub / 'mlflow/mlflow.db'}", "--serve-artifacts"]
     stored += ["--artifacts-destination", str(hub / "mlflow/artifacts")]
     listen = ["--reuseaddr", f"--listen={HOST}", "--export-all", "--enable=receive-pack"]
-    servers = [
-        ["git", "daemon", *listen, f"--base-path={hub / 'git'}", str(hub / "git")],
-        [python, str(ROOT / "tests/object_store.py"), str(hub / "store"), HOST, "8333"],
-        [python, "-m", "prefect", "server", "start", *prefect],
-        [python, "-m", "mlflow", "server", *mlflow, *stored],
-    ]
+    servers = {
+        "git": ["git", "daemon", *listen, f"--base-path={hub / 'git'}", str(hub / "git")],
+        "store": [python, str(ROOT / "tests/object_store.py"), str(hub / "store"), HOST, "8333"],
+        "Prefect": [python, "-m", "prefect", "server", "start", *prefect],
+        "MLflow": [python, "-m", "mlflow", "server", *mlflow, *stored],
+    }
     own = {
         "PREFECT_HOME": str(hub / "prefect"),
         "PREFECT_SERVER_API_AUTH_STRING": "ratchet:test",
@@ -163,11 +175,13 @@ def place(cable: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pat
         "PREFECT_SERVER_UI_ENABLED": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }
-    started = [start(on_hub(*server), hub, logs, **own) for server in servers]
+    for name, server in servers.items():
+        again = partial(start, on_hub(*server), hub, logs, **own)
+        RUNNING[name] = Server(again(), again)
     for path in (":4200/api/health", ":5000/health", ":8333/none"):
         command = on_gpu(place, "curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", f"http://{HOST}{path}")
         wait(path, lambda command=command: "000" not in answer(command), 300)
-    assert all(server.poll() is None for server in started), logs.read_text()[-3000:]
+    assert all(server.process.poll() is None for server in RUNNING.values()), logs.read_text()[-3000:]
     project = make_project(place)
     for name in ("first", "second"):
         run(on_gpu(place, "git", "clone", "--quiet", f"git://{HOST}/project.git", str(place / name)), place)
@@ -193,17 +207,21 @@ def make_project(place: Path) -> Path:
     (project / "params.yaml").write_text(render_params(tiny_config()), encoding="utf-8")
     run(on_hub("git", "commit", "-qam", "Our settings"), project)
     run(on_hub("git", "push", "-q", "--set-upstream", "origin", "main"), project)
-    colours = ["red", "blue", "green", "white"]
+    ingest(place, project, "house", ["red", "blue", "green", "white"])
+    return project
+
+
+def ingest(place: Path, project: Path, thing: str, colours: list[str]) -> None:
     rows = [
         {
-            "question": f"What colour has the house number {index}, they ask?",
+            "question": f"What colour has the {thing} number {index}, they ask?",
             "answer": colours[index % len(colours)],
         }
         for index in range(400)
     ]
-    (place / "hub/rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    run(ratchet("ingest", "--path", str(place / "hub/rows.jsonl")), project)
-    return project
+    path = place / f"hub/{thing}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    run(ratchet("ingest", "--path", str(path)), project)
 
 
 def ratchet(*arguments: str) -> list[str]:
@@ -213,6 +231,21 @@ def ratchet(*arguments: str) -> list[str]:
 def start_worker(place: Path, name: str) -> None:
     worker = on_gpu(place, sys.executable, "-m", "ratchet.cli", "worker", "--pool", "gpu")
     start(worker, place / name, place / f"{name}.log")
+
+
+def start_retraining(project: Path, reason: str, log: Path) -> subprocess.Popen[str]:
+    with log.open("w") as out:
+        command = ratchet("retrain", "--json", "--reason", reason)
+        piped = subprocess.PIPE
+        return subprocess.Popen(command, cwd=project, env=environment(), stdout=piped, stderr=out, text=True)
+
+
+def ask_mlflow(project: Path, version: int, what: str) -> str:
+    code = (
+        "from mlflow import MlflowClient; client = MlflowClient(); "
+        f"run = client.get_model_version('colours', '{version}').run_id; print({what})"
+    )
+    return run(on_hub(sys.executable, "-c", code), project)
 
 
 def training_on_gpu() -> psutil.Process | None:
@@ -228,15 +261,7 @@ def test_a_training_on_a_machine_that_dies_is_finished_by_another_with_the_bytes
     project = place / "hub/project"
     start_worker(place, "first")
     log = place / "hub/retrain.log"
-    with log.open("w") as out:
-        retrain = subprocess.Popen(
-            ratchet("retrain", "--json", "--reason", "first"),
-            cwd=project,
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=out,
-            text=True,
-        )
+    retrain = start_retraining(project, "first", log)
 
     def ends() -> str:
         assert retrain.poll() is None, log.read_text()[-5000:]
@@ -266,17 +291,7 @@ def test_a_training_on_a_machine_that_dies_is_finished_by_another_with_the_bytes
     assert [line.split() for line in heads.splitlines()] == [[ours, "refs/heads/main"]], "landed, and tidy"
     assert not (place / "second/.ratchet/checkpoints").exists()
 
-    points = run(
-        on_hub(
-            sys.executable,
-            "-c",
-            "from mlflow import MlflowClient; client = MlflowClient(); "
-            "run = client.get_model_version('colours', '1').run_id; "
-            "print(len(client.get_metric_history(run, 'validation_loss')))",
-        ),
-        project,
-    )
-    assert int(points) > 2
+    assert int(ask_mlflow(project, 1, POINTS)) > 2
 
     def candidate() -> str:
         lock = YAML(typ="safe").load((project / "dvc.lock").read_text())
@@ -289,3 +304,35 @@ def test_a_training_on_a_machine_that_dies_is_finished_by_another_with_the_bytes
     assert run(on_hub(sys.executable, "-m", "dvc", "status", "train"), project).count("changed") == 0
     run(on_hub(sys.executable, "-m", "dvc", "repro", "-q", "--force", "--single-item", "train"), project)
     assert candidate() == elsewhere
+
+
+def test_a_minute_without_object_store_and_mlflow_costs_nothing_but_the_minute(place):
+    """Both are away from the middle of a training on the other machine until its outputs cannot be pushed."""
+    project, log, worker = place / "hub/project", place / "hub/second.log", place / "second.log"
+    ingest(place, project, "shed", ["grey", "brown", "black", "pink"])
+    before = len(worker.read_text())
+    retrain = start_retraining(project, "second", log)
+
+    def said() -> str:
+        assert retrain.poll() is None, log.read_text()[-5000:]
+        return worker.read_text()[before:]
+
+    checkpoints = place / "second/.ratchet/checkpoints"
+    wait("a checkpoint", lambda: said() and list(checkpoints.glob("*/step-*/manifest.json")), 900)
+    training = training_on_gpu()
+    assert training
+    for name in ("store", "MLflow"):
+        os.killpg(RUNNING[name].process.pid, signal.SIGKILL)
+    away = time.monotonic()
+    wait("the end of the training", lambda: said() and not training.is_running(), 300)
+    wait("a push in vain", lambda: "tried again in" in said(), 120)
+    time.sleep(max(0.0, OUTAGE_SECONDS - (time.monotonic() - away)))
+    for name in ("store", "MLflow"):
+        RUNNING[name].again()
+    result, _ = retrain.communicate(timeout=scaled(1200))
+
+    assert retrain.returncode == 0, log.read_text()[-6000:] + worker.read_text()[-3000:]
+    done = json.loads(result)
+    assert (done["version"], done["stages"]["train"]) == (2, True)
+    assert "is lost" not in log.read_text()
+    assert int(ask_mlflow(project, 2, POINTS)) > 2
