@@ -95,18 +95,14 @@ class Stack:
         found: dict[str, Any] = json.loads(self.engine.docker("inspect", self.id_of(service)))[0]
         return found
 
+    def run_of(self, reason: str) -> tuple[str, ...]:
+        """The command that starts a retraining by the deployment."""
+        deployment = f"retrain/{self.config.project.name}"
+        return "prefect", "deployment", "run", deployment, "--param", f"reason={reason}"
+
     def retrain(self, reason: str) -> None:
-        command = (
-            "prefect",
-            "deployment",
-            "run",
-            "retrain/pydoc",
-            "--param",
-            f"reason={reason}",
-            "--watch",
-        )
         try:
-            self.worker(*command)
+            self.worker(*self.run_of(reason), "--watch")
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.compose('logs', '--tail', '60', 'worker')}") from None
 
@@ -334,7 +330,7 @@ def test_a_worker_killed_in_mid_training_starts_again_and_the_next_run_ends_in_t
     write_rows(stack.home, "second.jsonl", "shed", LATER)
     stack.worker("ratchet", "ingest", "--path", "second.jsonl")
     before = stack.inspect("worker")
-    stack.worker("prefect", "deployment", "run", "retrain/pydoc", "--param", "reason=second")
+    stack.worker(*stack.run_of("second"))
     checkpoints = stack.home / ".ratchet/checkpoints"
     wait_for("a checkpoint", lambda: list(checkpoints.glob("*/step-*/manifest.json")), 300)
 
