@@ -12,7 +12,7 @@ TORCH_FLAGS := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
 # Prefect again: to import `flows.retrain` takes 8.2 s of CPU, not 3.3; `tasks.evaluate` 12, not 5.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo demo-federated demo-multimodal demo-real federated privacy install test test-e2e test-browser test-docker lint scan docs bench lock clean-demo
+.PHONY: demo demo-federated demo-multimodal demo-real federated privacy store install test test-e2e test-browser test-docker lint scan docs bench lock clean-demo
 demo: $(VENV)/.core
 	$(BIN)/ratchet demo
 
@@ -79,6 +79,9 @@ federated: $(VENV)-federated/.made
 # Opacus, which accounts for the ε of a training with differential privacy.
 privacy: $(VENV)/.privacy
 
+# PostgreSQL's driver and DVC's package for S3, for a team's servers.
+store: $(VENV)/.store
+
 lock: $(VENV)/bin/uv
 	UV=$(BIN)/uv bash requirements/compile.sh
 
@@ -105,6 +108,11 @@ $(VENV)/.core: requirements/py$(MINOR).txt pyproject.toml $(VENV)/.torch
 	@touch $@
 
 $(VENV)/.privacy: requirements/py$(MINOR)-privacy.txt $(VENV)/.core
+	$(BIN)/uv pip install --python $(BIN)/python --quiet --no-deps --require-hashes -r $<
+	$(BIN)/uv pip check --python $(BIN)/python --quiet
+	@touch $@
+
+$(VENV)/.store: requirements/py$(MINOR)-store.txt $(VENV)/.core
 	$(BIN)/uv pip install --python $(BIN)/python --quiet --no-deps --require-hashes -r $<
 	$(BIN)/uv pip check --python $(BIN)/python --quiet
 	@touch $@

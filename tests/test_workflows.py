@@ -228,11 +228,13 @@ def test_secrets_are_made_once_and_one_user_can_read_them(tmp_path):
     (tmp_path / "mlflow_pgpass").unlink()
     again = make()
 
-    assert read_yaml(COMPOSE)["secrets"].keys() == made.keys() - {"prefect_password"}
+    others = {"prefect_password", "objects_dvc_read"}  # a person's, and GitHub's
+    assert read_yaml(COMPOSE)["secrets"].keys() == made.keys() - others
     assert [path.name for path in tmp_path.iterdir() if path.stat().st_mode & 0o077] == []
     assert {name for name in made if made[name] != again[name]} == {"mlflow_pgpass"}
     who = {one["name"]: one["actions"] for one in json.loads(made["objects"])["identities"]}
     assert who["dvc"] == ["Read:dvc", "Write:dvc", "List:dvc", "Tagging:dvc"]
+    assert who["dvc_read"] == ["Read:dvc", "List:dvc"]
 
 
 def read_target(name: str) -> str:

@@ -237,9 +237,11 @@ def test_no_secret_is_in_what_the_engine_tells_of_a_container(stack: Stack) -> N
     secrets = {word for file in files for word in re.findall(r"[0-9a-f]{48}", file.read_text())}
     told = json.dumps([stack.inspect(name) for name in [*SERVED, "setup"]]) + stack.compose("logs")
 
-    assert len(secrets) == 8
+    assert len(secrets) == 9
     assert [file.name for file in files if file.stat().st_mode & 0o077] == []
     assert [secret[:4] for secret in secrets if secret in told] == []
+    for service in ("worker", "gateway"):  # they see the checkout, and in it none of the others' secrets
+        assert stack.compose("exec", "-T", service, "ls", "-A", "/project/.ratchet/secrets") == ""
 
 
 def test_a_service_may_enter_its_own_database_and_bucket_alone(stack: Stack) -> None:
