@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import socket
 import subprocess
@@ -106,24 +105,19 @@ def shown(home: Path) -> str:
     return str(Path(*parts[parts.index(".ratchet") :])) if ".ratchet" in parts else str(home)
 
 
-def run(home: Path, command: list[str], *, told: str, log: Path | None = None) -> None:
-    """Run a command in the demo's checkout, shown as `told`. Raises RatchetError if it fails.
-
-    With `log` what it says goes into that file.
-    """
+def run(home: Path, command: list[str], *, told: str) -> None:
+    """Run a command in the demo's checkout, shown as `told`. Raises RatchetError if it fails."""
     console.print(f"[dim]$ {told}[/dim]")
     environment = {
         name: value
         for name, value in child_environment().items()
         if not name.startswith(("PREFECT_", "MLFLOW_", "RATCHET_"))
     }
-    with contextlib.nullcontext() if log is None else log.open("w") as said:
-        done = subprocess.run(command, env=environment, cwd=home, check=False, stdout=said, stderr=said)
+    done = subprocess.run(command, env=environment, cwd=home, check=False)
     if done.returncode:
-        where = f"in {log}" if log else "above"
         raise RatchetError(
             f"`{told}` ended with exit code {done.returncode}",
-            remedy=f"its message stands {where}; {shown(home)} is left as it was; `ratchet -C {shown(home)} "
+            remedy=f"its message stands above; {shown(home)} is left as it was; `ratchet -C {shown(home)} "
             "down` stops the services",
         )
 

@@ -133,11 +133,8 @@ def run_demo(root: Path, *, compare: bool = True) -> None:
         coordinator = _make_coordinator(root, base, rows[COORDINATOR])
         nodes = {name: node.result() for name, node in making.items()}
         made.result()
-    with ThreadPoolExecutor(1) as aside:
-        comparing = aside.submit(_train_apart, place, base, nodes) if compare else None
-        together, private = _train_together(place, coordinator, nodes)
-        step("5  For comparison: each node alone, and all rows together in one place, as long as the rounds")
-        alone = _evaluate_apart(comparing.result(), base, coordinator) if comparing else {}
+    together, private = _train_together(place, coordinator, nodes)
+    alone = _train_apart(place, base, coordinator, nodes) if compare else {}
     _print_table(together, private, alone)
     _print_verdict("three nodes", together)
     _print_verdict(f"three nodes, ε = {EPSILON:g}", private)
@@ -211,12 +208,12 @@ def _make_node(root: Path, name: str, base: Path, rows: list[bytes]) -> Path:
     return home
 
 
-def _train_apart(place: Path, base: Path, nodes: dict[str, Path]) -> dict[str, Path]:
+def _train_apart(place: Path, base: Path, coordinator: Path, nodes: dict[str, Path]) -> dict[str, Metrics]:
     """Train on each node's rows alone, and on those of all in one place, as long as in all rounds.
 
-    All that is made of a training's rows lies in a folder, which is returned by its name. The trainings take
-    what the rounds leave of this machine.
+    Return what each of them scores on the coordinator's rows.
     """
+    step("5  For comparison: each node alone, and all rows together in one place, as long as the rounds")
     whole = place / APART / EVERYTHING / "raw"
     whole.mkdir(parents=True)
     raws = [home / "data/raw" for home in nodes.values()]
@@ -229,45 +226,35 @@ def _train_apart(place: Path, base: Path, nodes: dict[str, Path]) -> dict[str, P
     write_json(place / APART / PARAMS, values)
     asked = {EVERYTHING: whole, **dict(zip(nodes, raws, strict=True))}  # the longest first
     with ThreadPoolExecutor(2) as pool:
-        made = [pool.submit(_train_alone, place / APART / name, base, raw) for name, raw in asked.items()]
+        made = [
+            pool.submit(_train_alone, place / APART / name, base, raw, coordinator)
+            for name, raw in asked.items()
+        ]
         return {name: each.result() for name, each in zip(asked, made, strict=True)}
 
 
-def _train_alone(out: Path, base: Path, raw: Path) -> Path:
+def _train_alone(out: Path, base: Path, raw: Path, coordinator: Path) -> Metrics:
     nobody, none = out / "nobody", out / "none.jsonl"
     write_json(nobody / MANIFEST, {"version": None, "batches": []})
     write_bytes(none, [])
-    prepared, tokens, shared = out / "prepared", out / "tokenized", {"base": base, "incumbent": nobody}
-    stages = {
+    prepared, tokens, candidate = out / "prepared", out / "tokenized", out / "candidate"
+    shared = {"base": base, "incumbent": nobody}
+    asked = {"prepared": coordinator / "data/prepared", "region": coordinator / "data/region.json"}
+    for stage, paths in {
         "prepare": {"raw": raw, "golden": none, "forgotten": none, "out": prepared},
         "tokenize": {**shared, "prepared": prepared, "out": tokens},
-        "train": {**shared, "tokens": tokens, "out": out / "candidate", "reports": out / "train"},
-    }
-    for stage, paths in stages.items():
-        _run_aside(out, stage, paths)
-    return out
-
-
-def _evaluate_apart(trained: dict[str, Path], base: Path, coordinator: Path) -> dict[str, Metrics]:
-    """Evaluate on the coordinator's rows what was trained apart."""
-    rows = {"prepared": coordinator / "data/prepared", "region": coordinator / "data/region.json"}
-
-    def evaluate(out: Path) -> Metrics:
-        paths = {"base": base, "incumbent": out / "nobody", "candidate": out / "candidate"}
-        found = {**rows, **paths, "own": coordinator / "metrics", "out": out / "evaluation"}
-        _run_aside(out, "evaluate", found)
-        return read_metrics(found["out"])
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(trained, pool.map(evaluate, trained.values()), strict=True))
-
-
-def _run_aside(out: Path, stage: str, paths: dict[str, Path]) -> None:
-    """Run a stage after all that has another priority. Raises RatchetError."""
-    flags = [part for name, path in paths.items() for part in (f"--{name}", str(path))]
-    command = [sys.executable, "-m", f"tasks.{stage}", "--params", str(out.parent / PARAMS), *flags]
-    told = f"python -m tasks.{stage} for {out.name!r}, log in {shown(out)}"
-    run(out, ["nice", "-n", "10", *command], told=told, log=out / f"{stage}.log")
+        "train": {**shared, "tokens": tokens, "out": candidate, "reports": out / "train"},
+        "evaluate": {
+            **(shared | asked),
+            "candidate": candidate,
+            "own": coordinator / "metrics",
+            "out": out / "evaluation",
+        },
+    }.items():
+        command = [sys.executable, "-m", f"tasks.{stage}", "--params", str(out.parent / PARAMS)]
+        flags = [part for name, path in paths.items() for part in (f"--{name}", str(path))]
+        run(out, [*command, *flags], told=f"python -m tasks.{stage} for {out.name!r}")
+    return read_metrics(out / "evaluation")
 
 
 def _ask_for_privacy(coordinator: Path) -> None:
