@@ -50,13 +50,14 @@ PLACE = Path(".ratchet/federated")
 COORDINATOR = "coordinator"
 APART, EVERYTHING = "apart", "all rows in one place"
 PARAMS = "params.json"
-# What each node's people mostly write about. All are in the standard library of any Python.
+# What each node's people mostly write about. All are in the standard library of any Python, and the base has
+# read nothing of them: the evaluation would refuse rows that it has.
 NODES = {
-    "north": "email http urllib smtplib imaplib mailbox ftplib wsgiref xmlrpc ssl ipaddress",
-    "south": "asyncio multiprocessing threading concurrent unittest logging bdb pdb doctest importlib",
-    "west": "xml tarfile zipfile encodings codecs pathlib datetime calendar collections enum typing",
+    "north": "email http urllib smtplib imaplib wsgiref xmlrpc ssl",
+    "south": "asyncio multiprocessing logging concurrent pdb doctest",
+    "west": "tarfile zipfile encodings codecs pathlib datetime collections enum typing configparser difflib",
 }
-KEPT = 15  # percent of the rows that the coordinator has for the evaluation, and no node
+KEPT = 20  # percent of the rows that the coordinator has for the evaluation, and no node
 OTHERS = 60  # percent of the rows that go to any node, whatever they are about
 GOLDEN_ROWS = 100
 ROUNDS = 3
