@@ -76,7 +76,7 @@ def test_together_the_nodes_learn_what_the_base_does_not_know(place: Path) -> No
 
 def test_the_version_says_who_trained_it(place: Path) -> None:
     champion, verdict = promoted(place / COORDINATOR)
-    assert verdict.candidate.trained_by.startswith("3 nodes (north, south, west) in 3 rounds")
+    assert verdict.candidate.trained_by.startswith("3 nodes (north, south, west) in 5 rounds")
     assert verdict.verdict == "promote"
     assert (champion.version, champion.run_key) == (1, verdict.candidate.run_key)
     for name in NODES:
