@@ -114,7 +114,7 @@ def test_no_row_of_a_node_is_at_the_coordinator(place: Path) -> None:
     for name in NODES:
         for line in (place / name / ".ratchet/rows.jsonl").read_text().splitlines()[::40]:
             question = json.loads(line)["messages"][0]["content"]
-            if question not in known and len(question) > 60:
+            if question[-50:] not in known and len(question) > 60:
                 texts.append(question[-50:].encode())
     assert len(texts) > 20
     for path in sorted((place / COORDINATOR).rglob("*")):

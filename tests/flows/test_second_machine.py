@@ -309,6 +309,7 @@ def test_a_training_on_a_machine_that_dies_is_finished_by_another_with_the_bytes
 def test_a_minute_without_object_store_and_mlflow_costs_nothing_but_the_minute(place):
     """Both are away from the middle of a training on the other machine until its outputs cannot be pushed."""
     project, log, worker = place / "hub/project", place / "hub/second.log", place / "second.log"
+    run(on_hub("git", "checkout", "--quiet", "--", "."), project)  # what the comparison above left
     ingest(place, project, "shed", ["grey", "brown", "black", "pink"])
     before = len(worker.read_text())
     retrain = start_retraining(project, "second", log)
