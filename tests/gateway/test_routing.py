@@ -26,7 +26,7 @@ from ratchet.config.params import Config
 from ratchet.data.examples import Message
 from ratchet.engines.local_engine import LocalEngine
 from ratchet.errors import ServiceError
-from ratchet.files import write_json
+from ratchet.files import write_bytes, write_json
 from ratchet.gateway.routing import Choice, Fleet
 from ratchet.models.loading import WEIGHTS
 from ratchet.promotion.champion import FILE as CHAMPION
@@ -372,7 +372,8 @@ def test_a_file_that_is_garbage_or_gone_changes_nothing_and_is_said_once(
         if text is None:
             path.unlink()
         else:
-            path.write_text(path.read_text().replace('"step": 0', '"step": 7') if "step" in text else text)
+            new = path.read_text().replace('"step": 0', '"step": 7') if "step" in text else text
+            write_bytes(path, [new.encode()])  # whole: half of it would be another fault
         await until(lambda: path.name in caplog.text)
         await asyncio.sleep(0.3)
         assert fleet.table == table and len(caplog.records) == 1
