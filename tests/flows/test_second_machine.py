@@ -322,8 +322,10 @@ def test_a_minute_without_object_store_and_mlflow_costs_nothing_but_the_minute(p
     wait("a checkpoint", lambda: said() and list(checkpoints.glob("*/step-*/manifest.json")), 900)
     training = training_on_gpu()
     assert training
+    training.suspend()  # so that it cannot end before they are away
     for name in ("store", "MLflow"):
         os.killpg(RUNNING[name].process.pid, signal.SIGKILL)
+    training.resume()
     away = time.monotonic()
     wait("the end of the training", lambda: said() and not training.is_running(), 300)
     wait("a push in vain", lambda: "tried again in" in said(), 120)
