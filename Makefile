@@ -107,12 +107,8 @@ $(VENV)/.core: requirements/py$(MINOR).txt pyproject.toml $(VENV)/.torch
 	$(BIN)/uv pip check --python $(BIN)/python --quiet
 	@touch $@
 
-$(VENV)/.privacy: requirements/py$(MINOR)-privacy.txt $(VENV)/.core
-	$(BIN)/uv pip install --python $(BIN)/python --quiet --no-deps --require-hashes -r $<
-	$(BIN)/uv pip check --python $(BIN)/python --quiet
-	@touch $@
-
-$(VENV)/.store: requirements/py$(MINOR)-store.txt $(VENV)/.core
+# Each is a lock on top of the core's.
+$(VENV)/.privacy $(VENV)/.store $(VENV)/.dev: $(VENV)/.%: requirements/py$(MINOR)-%.txt $(VENV)/.core
 	$(BIN)/uv pip install --python $(BIN)/python --quiet --no-deps --require-hashes -r $<
 	$(BIN)/uv pip check --python $(BIN)/python --quiet
 	@touch $@
@@ -127,9 +123,4 @@ $(VENV)-docs/.made: requirements/py$(MINOR)-docs.txt | $(VENV)/bin/uv
 	$(PYTHON) -m venv $(VENV)-docs
 	$(BIN)/uv pip install --python $(VENV)-docs/bin/python --quiet --no-deps --require-hashes -r $<
 	$(BIN)/uv pip check --python $(VENV)-docs/bin/python --quiet
-	@touch $@
-
-$(VENV)/.dev: requirements/py$(MINOR)-dev.txt $(VENV)/.core
-	$(BIN)/uv pip install --python $(BIN)/python --quiet --no-deps --require-hashes -r $<
-	$(BIN)/uv pip check --python $(BIN)/python --quiet
 	@touch $@

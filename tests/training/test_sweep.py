@@ -253,9 +253,9 @@ def test_an_interrupted_sweep_goes_on_with_the_same_study(
         stdout=subprocess.DEVNULL,
     )
     until = time.monotonic() + scaled(60)
-    while not training_in(home) and time.monotonic() < until and started.poll() is None:
+    while not trainings_in(home) and time.monotonic() < until and started.poll() is None:
         time.sleep(0.05)
-    assert training_in(home), "its training has begun"
+    assert trainings_in(home), "its training has begun"
     [child] = psutil.Process(started.pid).children()
     os.kill(started.pid, signal.SIGKILL)
     started.wait()
@@ -279,18 +279,18 @@ def test_an_interrupted_sweep_goes_on_with_the_same_study(
     )
 
 
-def training_in(home: Path) -> bool:
-    """Whether a trial's training has written the first lines of its curve."""
-    return any((home / ".ratchet/sweeps").glob("*/*/.reports.*.tmp/history.jsonl"))
+def trainings_in(folder: Path) -> set[Path]:
+    """The curves of trainings below a folder that have their first lines, and did not end."""
+    return set(folder.glob("**/.reports.*.tmp/history.jsonl"))
 
 
 def interrupt(search: Search, trial: optuna.Trial, material: Material) -> None:
     """Ctrl-C while it trains: the signal comes when the training has begun."""
-    over = threading.Event()
+    over, earlier = threading.Event(), trainings_in(search.folder)
 
     def watch() -> None:
         while not over.wait(0.05):
-            if any(search.folder.glob("*/.reports.*.tmp/history.jsonl")):
+            if trainings_in(search.folder) - earlier:
                 os.kill(os.getpid(), signal.SIGINT)
                 return
 
