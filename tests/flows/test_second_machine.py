@@ -87,7 +87,6 @@ def cable() -> Iterator[None]:
 STARTED: list[subprocess.Popen[bytes]] = []
 RUNNING: dict[str, Server] = {}
 OUTAGE_SECONDS = 60
-POINTS = "len(client.get_metric_history(run, 'validation_loss'))"
 
 
 def start(command: list[str], cwd: Path, log: Path, **more: str) -> subprocess.Popen[bytes]:
@@ -240,12 +239,14 @@ def start_retraining(project: Path, reason: str, log: Path) -> subprocess.Popen[
         return subprocess.Popen(command, cwd=project, env=environment(), stdout=piped, stderr=out, text=True)
 
 
-def ask_mlflow(project: Path, version: int, what: str) -> str:
+def points_of(project: Path, version: int) -> int:
+    """The points of a version's curve in MLflow."""
     code = (
         "from mlflow import MlflowClient; client = MlflowClient(); "
-        f"run = client.get_model_version('colours', '{version}').run_id; print({what})"
+        f"run = client.get_model_version('colours', '{version}').run_id; "
+        "print(len(client.get_metric_history(run, 'validation_loss')))"
     )
-    return run(on_hub(sys.executable, "-c", code), project)
+    return int(run(on_hub(sys.executable, "-c", code), project))
 
 
 def training_on_gpu() -> psutil.Process | None:
@@ -291,7 +292,7 @@ def test_a_training_on_a_machine_that_dies_is_finished_by_another_with_the_bytes
     assert [line.split() for line in heads.splitlines()] == [[ours, "refs/heads/main"]], "landed, and tidy"
     assert not (place / "second/.ratchet/checkpoints").exists()
 
-    assert int(ask_mlflow(project, 1, POINTS)) > 2
+    assert points_of(project, 1) > 2
 
     def candidate() -> str:
         lock = YAML(typ="safe").load((project / "dvc.lock").read_text())
@@ -338,4 +339,4 @@ def test_a_minute_without_object_store_and_mlflow_costs_nothing_but_the_minute(p
     done = json.loads(result)
     assert (done["version"], done["stages"]["train"]) == (2, True)
     assert "is lost" not in log.read_text()
-    assert int(ask_mlflow(project, 2, POINTS)) > 2
+    assert points_of(project, 2) > 2
