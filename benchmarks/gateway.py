@@ -19,7 +19,6 @@ import hashlib
 import json
 import os
 import secrets
-import socket
 import subprocess
 import sys
 import tempfile
@@ -36,6 +35,7 @@ from ratchet.errors import ServiceError
 from ratchet.files import write_json
 from ratchet.gateway.auth import add_key
 from ratchet.promotion.champion import Champion, Data, GateLine, write_champion
+from ratchet.services.processes import free_port
 from ratchet.serving.bundle import SERVING
 
 NAME, DELAY = "pydoc", 0.02  # seconds that the stub takes for an answer
@@ -220,12 +220,6 @@ async def wait_for_answer(process: subprocess.Popen[bytes], url: str, log: Path)
                         return
             await asyncio.sleep(0.1)
     raise ServiceError(f"{url} does not answer\n{log.read_text(errors='replace')[-1000:]}")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 # --- the load -----------------------------------------------------------------------------------------------

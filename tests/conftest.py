@@ -67,6 +67,7 @@ def pytest_configure() -> None:
     )
     compile_at_first_use()
     os.environ["RATCHET_ROOT"] = HOME
+    os.environ["RATCHET_FREE_PORTS"] = "1"
     os.environ.pop("MLFLOW_TRACKING_URI", None)
     # Begun in the background of a script: children would inherit that SIGINT is ignored.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -6,7 +6,6 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -17,6 +16,8 @@ from typing import Any
 
 import pytest
 from patience import scaled
+
+from ratchet.services.processes import free_port
 
 PASSWORD = "mulberry/17@lake"
 QUOTED = "mulberry%2F17%40lake"  # as a URL has it
@@ -95,12 +96,6 @@ def unprivileged_user(folder: Path) -> int | None:
     user = next(entry for name in ("postgres", "nobody") for entry in pwd.getpwall() if entry.pw_name == name)
     os.chown(folder, user.pw_uid, user.pw_gid)
     return user.pw_uid
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_until_ready(port: int, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from ratchet.errors import CheckoutError, RatchetError
 from ratchet.evaluation.statistics import Interval
 from ratchet.files import write_text
 from ratchet.pipeline.checkout import child_environment, git
-from ratchet.services.processes import find_port_fault
+from ratchet.services.processes import find_port_fault, free_port
 from ratchet.services.supervisor import stop_services
 
 console = Console(highlight=False)
@@ -56,10 +56,15 @@ def make_checkout(root: Path, place: Path, values: dict[str, Any]) -> Path:
 
 
 def _settle(home: Path, values: dict[str, Any]) -> None:
-    """Write the demo's params.yaml, with free ports and without waiting times, and commit it."""
+    """Write the demo's params.yaml, with free ports and without waiting times, and commit it.
+
+    The ports are the usual ones where they are free now. With RATCHET_FREE_PORTS they never are: two demos
+    that run at once, as in the tests, begin to listen minutes later, and would take the same.
+    """
     params = home / "params.yaml"
+    beside = "RATCHET_FREE_PORTS" in os.environ
     for section, key in (("services", "mlflow_port"), ("services", "prefect_port"), ("gateway", "port")):
-        if find_port_fault(values[section][key]):
+        if beside or find_port_fault(values[section][key]):
             values[section][key] = free_port()
     values["synthesize"]["teacher"] |= {"url": f"http://127.0.0.1:{free_port()}/v1", "model": "script"}
     values["monitor"]["cooldown_hours"] = 0.0
@@ -85,12 +90,6 @@ def _put(values: dict[str, Any], settings: Mapping[str, Any]) -> None:
             _put(values[key], value)
         else:
             values[key] = value
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def ratchet(home: Path, *arguments: str) -> None:

@@ -28,7 +28,6 @@ from ratchet.demo.checkout import (
     AUTHOR,
     cell,
     console,
-    free_port,
     make_checkout,
     make_values,
     ratchet,
@@ -44,6 +43,7 @@ from ratchet.pipeline.checkout import git
 from ratchet.pipeline.stage import project_root
 from ratchet.promotion.champion import read_champion
 from ratchet.promotion.verdict import Verdict, read_verdict
+from ratchet.services.processes import free_port
 from ratchet.sources.pydoc import harvest
 
 PLACE = Path(".ratchet/federated")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import secrets
 import signal
 import socket
 from contextlib import suppress
@@ -49,6 +50,17 @@ def find_port_fault(port: int) -> str | None:
         if taken
         else None
     )
+
+
+def free_port() -> int:
+    """Return a port that no process listens on.
+
+    It lies below the ports that systems give to outgoing connections (from 32768 on Linux, 49152 elsewhere),
+    so no such connection has it by the time that the service listens.
+    """
+    while find_port_fault(port := secrets.choice(range(20_000, 32_768))):
+        pass
+    return port
 
 
 def find_port_holder(port: int) -> str | None:

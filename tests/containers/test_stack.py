@@ -11,7 +11,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ from tiny_project import EASY, tiny_project
 
 from ratchet.config.docs import render_params
 from ratchet.config.params import Config
+from ratchet.services.processes import free_port
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(3600)]
 ROOT = Path(__file__).parents[2]
@@ -169,12 +169,6 @@ def tiny_config() -> Config:
         services={"mlflow_port": free_port(), "prefect_port": free_port()},
         gateway={"port": free_port()},
     )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def git(place: Path, *arguments: str) -> str:

@@ -17,10 +17,10 @@ from command import Done, ratchet
 from patience import patience, scaled
 
 from ratchet.config.params import Config
-from ratchet.demo.checkout import free_port
 from ratchet.federation.link.flower import FOLDER, read_names
 from ratchet.federation.rounds import Plan
 from ratchet.files import read_json, write_json, write_text
+from ratchet.services.processes import free_port
 
 RUN = """
 import json, sys

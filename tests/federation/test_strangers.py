@@ -27,6 +27,7 @@ from ratchet.federation.link.party import NODE_AUTHORITY, NODE_KEY
 from ratchet.federation.records import NODE
 from ratchet.files import read_json, write_bytes, write_json
 from ratchet.pipeline.checkout import locked
+from ratchet.services.processes import free_port
 from tasks.federate import RUN, forget_run
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
@@ -45,10 +46,8 @@ def live(tiny_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Itera
 @contextmanager
 def supernode(folder: Path, address: str, authority: Path, key: Path) -> Iterator[subprocess.Popen[str]]:
     """Run Flower's SuperNode alone, without the link that would start it again."""
-    with (folder / "supernode.log").open("w") as log, socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
+    with (folder / "supernode.log").open("w") as log:
+        port = free_port()
         command = [
             flower("flower-supernode"),
             *("--superlink", address, "--root-certificates", str(authority)),

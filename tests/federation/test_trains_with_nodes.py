@@ -22,13 +22,14 @@ from patience import scaled
 
 from ratchet.config.params import Config
 from ratchet.config.training import BaseConfig
-from ratchet.demo.checkout import AUTHOR, free_port
+from ratchet.demo.checkout import AUTHOR
 from ratchet.files import write_bytes
 from ratchet.pipeline.checkout import git
 from ratchet.pipeline.workspace import WORKSPACES
 from ratchet.promotion.champion import read_champion
 from ratchet.promotion.lineage import TAUGHT_BY
 from ratchet.services.environment import service_environment
+from ratchet.services.processes import free_port
 from ratchet.tracking.registry import get_version
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]

@@ -26,7 +26,8 @@ from ratchet.demo.clients import Question, ask_gateway, summarise
 from ratchet.demo.follow import follow_retraining
 from ratchet.promotion.champion import read_champion
 from ratchet.promotion.rollout import read_ended, read_rollout
-from tests.flows.test_loop import ROOT, free_port, mlflow_client, ratchet, run
+from ratchet.services.processes import free_port
+from tests.flows.test_loop import ROOT, mlflow_client, ratchet, run
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 TEAMS = ["red", "blue", "green", "white"]

@@ -20,6 +20,7 @@ from places import use_git_without_a_user
 from two_machines import Machines, make_machines
 
 from ratchet.pipeline.checkout import git
+from ratchet.services.processes import free_port
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
 PARAMS = """project: {name: small}
@@ -59,9 +60,7 @@ def machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machines:
 @pytest.fixture
 def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
     """The environment of both machines, with the address of a Prefect server."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     plain = {
         name: value
         for name, value in os.environ.items()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -23,6 +22,7 @@ from tiny_project import EASY, tiny_project
 from ratchet.config.docs import render_params
 from ratchet.config.params import Config
 from ratchet.pipeline.dag import STAGES
+from ratchet.services.processes import free_port
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
@@ -54,12 +54,6 @@ def tiny_config() -> Config:
         services={"mlflow_port": free_port(), "prefect_port": free_port()},
         gateway={"port": free_port()},
     )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def run(place: Path, *command: str, code: int = 0) -> str:

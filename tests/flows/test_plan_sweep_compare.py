@@ -23,9 +23,10 @@ from ratchet.config.params import Config, load_config
 from ratchet.files import read_json
 from ratchet.pipeline.checkout import child_environment
 from ratchet.services.environment import HEALTH, fetch_body
+from ratchet.services.processes import free_port
 from ratchet.services.specs import plan_services
 from tests.bases.test_base import REVISION, snapshot  # noqa: F401  (a fixture)
-from tests.flows.test_loop import ROOT, free_port, ratchet, run, write_rows
+from tests.flows.test_loop import ROOT, ratchet, run, write_rows
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 

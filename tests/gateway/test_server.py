@@ -26,6 +26,7 @@ from ratchet.config.docs import render_params
 from ratchet.config.params import Config
 from ratchet.errors import UserError
 from ratchet.gateway.server import serve
+from ratchet.services.processes import free_port
 
 
 def config_of(**gateway: Any) -> Config:
@@ -35,12 +36,6 @@ def config_of(**gateway: Any) -> Config:
             "gateway": {"engine": "openai", "upstream": "http://127.0.0.1:9/v1", **gateway},
         }
     )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager

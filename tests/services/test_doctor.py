@@ -22,6 +22,7 @@ from ratchet.services.doctor import (
     check_ports,
     examine,
 )
+from ratchet.services.processes import free_port
 
 GOOD = {
     "prefect": "3.8.8",
@@ -35,11 +36,6 @@ GOOD = {
 def pick(findings: Iterable[Finding], name: str) -> Finding:
     (found,) = [finding for finding in findings if finding.name == name]
     return found
-
-
-def find_free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 @pytest.fixture
@@ -163,8 +159,8 @@ def test_a_port_that_another_holds_is_a_fault(tmp_path: Path) -> None:
         taken = server.getsockname()[1]
         config = Config.model_validate(
             {
-                "services": {"mlflow_port": taken, "prefect_port": find_free_port()},
-                "gateway": {"port": find_free_port()},
+                "services": {"mlflow_port": taken, "prefect_port": free_port()},
+                "gateway": {"port": free_port()},
             }
         )
         findings = check_ports(tmp_path, config)

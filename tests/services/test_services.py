@@ -27,7 +27,7 @@ from ratchet.config.params import Config
 from ratchet.errors import RatchetError, ServiceError, UserError
 from ratchet.pipeline.checkout import locked
 from ratchet.services.environment import NO_TELEMETRY, service_environment
-from ratchet.services.processes import find_port_fault, name_place
+from ratchet.services.processes import find_port_fault, free_port, name_place
 from ratchet.services.specs import plan_services
 from ratchet.services.supervisor import (
     Record,
@@ -52,14 +52,7 @@ def make_config(mlflow_port: int, prefect_port: int, gateway_port: int) -> Confi
 
 
 def find_free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
+    return [free_port() for _ in range(count)]
 
 
 def write_params(root: Path, config: Config) -> None:

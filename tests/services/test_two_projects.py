@@ -16,10 +16,10 @@ from typing import Any
 import httpx
 import pytest
 from patience import scaled
-from postgres import free_port
 from stand_in_flows import write_flows
 
 from ratchet.config.params import Config
+from ratchet.services.processes import free_port
 from ratchet.services.specs import plan_services
 
 pytestmark = pytest.mark.e2e

@@ -19,7 +19,7 @@ import httpx
 import pytest
 from patience import scaled
 from places import commit, make_repository, use_git_without_a_user, use_no_mlflow
-from postgres import QUOTED, connect, free_port, postgres
+from postgres import QUOTED, connect, postgres
 from served import NAME, digest, make_served, open_rollout, put_in_charge, wait_for
 from servers import serving
 from stub_upstream import Stub
@@ -31,6 +31,7 @@ from ratchet.errors import ServiceError
 from ratchet.monitoring.request_log import open_log
 from ratchet.promotion.champion import publish_newer, read_champion
 from ratchet.promotion.rollout import finish, pause, read_rollout, resume
+from ratchet.services.processes import free_port
 from ratchet.storage.database import URL_VARIABLE
 
 pytestmark = pytest.mark.e2e

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from ratchet.config.training import AdapterConfig, TrainConfig
 from ratchet.errors import ConfigError
 from ratchet.files import read_json, sha256_file
 from ratchet.pipeline.dvc import without_torchrun
+from ratchet.services.processes import free_port
 from ratchet.tracking.curve import read_history
 from ratchet.training.distributed import become_torchrun, check_size, in_parts
 from ratchet.training.launch import Ended
@@ -224,9 +224,7 @@ def on_nodes(config: Config, nodes: int, **changes: object) -> Config:
 
 def start_nodes(folders: list[Path], *inputs: Path, config: Config) -> list[subprocess.Popen[str]]:
     """Start torchrun once a folder, each with a checkout of its own; they meet on loopback."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        rendezvous = f"127.0.0.1:{probe.getsockname()[1]}"
+    rendezvous = f"127.0.0.1:{free_port()}"
     return [
         start(
             folder,
@@ -279,9 +277,7 @@ def test_each_node_has_the_checkpoint_of_node_0_or_all_refuse(tmp_path):
     """Two torchruns on loopback, each with a folder of its own."""
     script = tmp_path / "sent.py"
     script.write_text(SENT)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     nodes = []
     for number in ("0", "1"):
