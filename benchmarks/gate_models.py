@@ -12,6 +12,10 @@ the better one. So "at most 5 %" is tested only where it must hold: for twins th
 coin per row decides whose score is the candidate's, so that the expected gain is zero in every cycle; and for
 twins as they are, in those cycles in which the candidate is no better over all rows.
 
+Forgetting: in one of the domains that the champion knows, some rows of a better twin, drawn anew in each
+cycle, get the scores of a model that was trained for a quarter of the time, so many that the expected loss
+against the champion is 5 points there. Answers and likelihoods are taken from it, or the answers alone.
+
 Known bad: each candidate is made anew, goes through `tasks.evaluate` and `tasks.gate` at the default
 settings, and is asked the rows of one of a few draws. Serve parity is taken as passed, so that only the
 scores decide. Not covered: rows of another domain, larger models.
@@ -49,6 +53,7 @@ from ratchet.files import read_json, write_bytes, write_json
 from ratchet.models.loading import MANIFEST, WEIGHTS, adapter_sha256
 
 SCORES = ["exact_match", "answer_nll"]
+LOST = 0.05  # in one domain
 SCALES = (
     0.5,
     0.6,
@@ -72,10 +77,11 @@ class Size(NamedTuple):
     draws: int
     asked: tuple[int, int]  # test and golden rows of a draw
     spoiling: float  # epochs of the trainings on spoilt rows
+    forgotten: int  # cycles in which a domain is forgotten
 
 
-FULL = Size(5, Counts(30, 20, 30), 4, 600, 8.0, 4, 1000, (1200, 400), 40, 10, (400, 150), 1.0)
-QUICK = Size(1, Counts(10, 6, 8), 2, 20, 2.0, 1, 10, (220, 60), 1, 1, (210, 50), 1.0)
+FULL = Size(5, Counts(30, 20, 30), 4, 600, 8.0, 4, 1000, (1200, 400), 40, 10, (400, 150), 1.0, 500)
+QUICK = Size(1, Counts(10, 6, 8), 2, 20, 2.0, 1, 10, (220, 60), 1, 1, (210, 50), 1.0, 0)
 CHUNK = 100  # cycles that a process takes at once
 
 
@@ -130,6 +136,7 @@ def measure(data: Path, size: Size, jobs: int) -> Iterator[dict[str, Any] | Line
         ) as pool:
             pool.submit(make_models, folder, data, size).result()
             list(pool.map(make_twin, [folder] * size.twins, [size] * size.twins, range(1, size.twins + 1)))
+            pool.submit(make_twin, folder, size, WEAK, size.epochs / 4).result()
             yield accuracies(folder, size)
             yield from same_and_twins(folder, size, pool)
             yield from known_bad(folder, size, pool)
@@ -182,12 +189,12 @@ def make_models(folder: Path, data: Path, size: Size) -> None:
     write_json(folder / CHAMPION / MANIFEST, {**read_json(folder / CHAMPION / MANIFEST), "version": 1})
 
 
-def make_twin(folder: Path, size: Size, seed: int) -> None:
+def make_twin(folder: Path, size: Size, seed: int, epochs: float | None = None) -> None:
     """Repeat the champion's training with another seed; score twin and champion on all held-out rows."""
     from tasks.evaluate import evaluate
 
     out = folder / f"models/twin-{seed}"
-    learn(folder, folder / "known", folder / "nobody", out, settings(size, seed))
+    learn(folder, folder / "known", folder / "nobody", out, settings(size, seed, epochs))
     evaluate(
         folder / POOL,
         folder / BASE,
@@ -230,8 +237,8 @@ def write_rows(path: Path, rows: list[Example]) -> None:
 
 
 def same_and_twins(folder: Path, size: Size, pool: ProcessPoolExecutor) -> Iterator[Line]:
-    for kind in (itself, exchanged, as_they_are):
-        starts = range(0, size.cycles, CHUNK)
+    for kind in (itself, exchanged, as_they_are, forgetful, forgetful_in_answers):
+        starts = range(0, size.forgotten if kind in FORGETFUL else size.cycles, CHUNK)
         found: dict[str, Counter[str]] = {}
         for part in pool.map(
             cycles_of, [folder] * len(starts), [size] * len(starts), [kind] * len(starts), starts
@@ -245,7 +252,10 @@ def same_and_twins(folder: Path, size: Size, pool: ProcessPoolExecutor) -> Itera
             )
 
 
+WEAK = 99  # the seed, and the name, of the model that was trained for a quarter of the time
 ITSELF, EXCHANGED = "the champion itself, real rows", "a twin by another seed, exchanged row by row"
+FORGOT = f"a better twin that lost {LOST:g} in one domain"
+FORGOT_IN_ANSWERS = f"{FORGOT}, which its likelihoods do not show"
 NO_BETTER, BETTER = (
     "a twin as it is: no better over all rows",
     "a twin as it is: the better one over all rows",
@@ -255,23 +265,25 @@ WANTED = {
     ITSELF: "none promoted",
     EXCHANGED: "at most {} promoted ({} by the success metric alone)",
     NO_BETTER: "at most {} promoted ({} by the success metric alone)",
-    BETTER: "to compare ({1} by the success metric alone): promoting it is right",
+    BETTER: "at least 80 % of the {1} that the success metric alone sees",
+    FORGOT: "at most {} promoted ({} by the success metric alone)",
+    FORGOT_IN_ANSWERS: "at most {} promoted ({} by the success metric alone)",
 }
 
 
 def cycles_of(
-    folder: Path, size: Size, kind: Callable[[list[pd.DataFrame], np.random.Generator], Pair], start: int
+    folder: Path, size: Size, kind: Callable[[Models, np.random.Generator], Pair], start: int
 ) -> dict[str, Counter[str]]:
-    models, base = read_scores(folder, size)
+    models = read_scores(folder, size)
     bench = Bench(
         folder / f"bench-{kind.__name__}-{start}", seen=read_json(folder / CHAMPION / MANIFEST)["batches"]
     )
     found: dict[str, Counter[str]] = {}
-    for cycle in range(start, min(start + CHUNK, size.cycles)):
+    for cycle in range(start, min(start + CHUNK, size.forgotten if kind in FORGETFUL else size.cycles)):
         generator = np.random.default_rng([8, cycle])
         pair = kind(models, generator)
         verdicts = found.setdefault(pair.name, Counter())
-        verdicts[bench.verdict(drawn(pair, base, generator, size.drawn), AT_MOST)] += 1
+        verdicts[bench.verdict(drawn(pair, models.base, generator, size.drawn), AT_MOST)] += 1
         verdicts[PASSED] += bench.passed
     return found
 
@@ -282,23 +294,70 @@ class Pair(NamedTuple):
     champion: pd.DataFrame
 
 
-def itself(models: list[pd.DataFrame], _: np.random.Generator) -> Pair:
-    return Pair(ITSELF, models[0], models[0])
+class Models(NamedTuple):
+    """Scores of the held-out rows, a line a row, in the same order: champion and twins, weak model, base."""
+
+    twins: list[pd.DataFrame]
+    weak: pd.DataFrame
+    base: pd.DataFrame
+    known: list[str]  # domains of the champion
 
 
-def exchanged(models: list[pd.DataFrame], generator: np.random.Generator) -> Pair:
+def itself(models: Models, _: np.random.Generator) -> Pair:
+    return Pair(ITSELF, models.twins[0], models.twins[0])
+
+
+def exchanged(models: Models, generator: np.random.Generator) -> Pair:
     """Decide by a coin per row which of two twins is the candidate; its scores of a row stay together."""
-    first, second = generator.choice(len(models), 2, replace=False)
-    coin = generator.random(len(models[0])) < 0.5
-    one, other = (models[number][SCORES].to_numpy() for number in (first, second))
+    first, second = two_of(models, generator)
+    coin = generator.random(len(first)) < 0.5
+    one, other = (model[SCORES].to_numpy() for model in (first, second))
     sides = (np.where(coin[:, None], *both) for both in ((one, other), (other, one)))
-    return Pair(EXCHANGED, *(models[0].assign(**dict(zip(SCORES, side.T, strict=True))) for side in sides))
+    return Pair(EXCHANGED, *(first.assign(**dict(zip(SCORES, side.T, strict=True))) for side in sides))
 
 
-def as_they_are(models: list[pd.DataFrame], generator: np.random.Generator) -> Pair:
-    candidate, champion = (models[number] for number in generator.choice(len(models), 2, replace=False))
+def as_they_are(models: Models, generator: np.random.Generator) -> Pair:
+    candidate, champion = two_of(models, generator)
     better = candidate.exact_match.mean() > champion.exact_match.mean()
     return Pair(BETTER if better else NO_BETTER, candidate, champion)
+
+
+def forgetful(models: Models, generator: np.random.Generator) -> Pair:
+    return Pair(FORGOT, *forgotten(models, generator, SCORES))
+
+
+def forgetful_in_answers(models: Models, generator: np.random.Generator) -> Pair:
+    return Pair(FORGOT_IN_ANSWERS, *forgotten(models, generator, SCORES[:1]))
+
+
+FORGETFUL = (forgetful, forgetful_in_answers)
+
+
+def forgotten(
+    models: Models, generator: np.random.Generator, scores: list[str]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return a better twin with `scores` of the weak model on some rows of one domain, and its champion."""
+    for _ in range(1000):
+        champion, candidate = sorted(two_of(models, generator), key=lambda model: model.exact_match.mean())
+        domain = np.flatnonzero(candidate.batch == generator.choice(models.known))
+        means = [model.exact_match.iloc[domain].mean() for model in (candidate, champion, models.weak)]
+        share = (means[0] - means[1] + LOST) / max(means[0] - means[2], 1e-9)
+        if 0 < share <= 1:
+            break
+    else:
+        raise SystemExit(f"no twin can lose {LOST:g} in a domain: the models are too weak")
+    chosen = domain[generator.random(len(domain)) < share]
+    spoilt = candidate.copy()
+    for name in scores:
+        values = spoilt[name].to_numpy(copy=True)
+        values[chosen] = models.weak[name].to_numpy()[chosen]
+        spoilt[name] = values
+    return spoilt, champion
+
+
+def two_of(models: Models, generator: np.random.Generator) -> tuple[pd.DataFrame, pd.DataFrame]:
+    first, second = generator.choice(len(models.twins), 2, replace=False)
+    return models.twins[first], models.twins[second]
 
 
 def drawn(
@@ -314,22 +373,25 @@ def drawn(
     return table.assign(batch=table.batch.mask(np.tile(golden, len(sides)), "golden"))
 
 
-def read_scores(folder: Path, size: Size) -> tuple[list[pd.DataFrame], pd.DataFrame]:
-    """Return ([champion, *twins], base), each with one line per row, in the same order."""
+def read_scores(folder: Path, size: Size) -> Models:
     tables = [
-        pd.read_parquet(folder / f"twin-{seed}" / "scores.parquet") for seed in range(1, size.twins + 1)
+        pd.read_parquet(folder / f"twin-{seed}" / "scores.parquet")
+        for seed in (*range(1, size.twins + 1), WEAK)
     ]
     kept = ["id", "batch", *(name for name in tables[0] if str(name).startswith("slice:")), *SCORES]
     sides = {
         name: [table[table.model == name][kept].sort_values("id", ignore_index=True) for table in tables]
         for name in ("candidate", "champion", "base")
     }
-    return [sides["champion"][0], *sides["candidate"]], sides["base"][0]
+    *twins, weak = sides["candidate"]
+    known = read_json(folder / CHAMPION / MANIFEST)["batches"]
+    return Models([sides["champion"][0], *twins], weak, sides["base"][0], known)
 
 
 def accuracies(folder: Path, size: Size) -> dict[str, Any]:
-    models, base = read_scores(folder, size)
-    champion, *twins = (float(model.exact_match.mean()) for model in models)
+    models = read_scores(folder, size)
+    champion, *twins = (float(model.exact_match.mean()) for model in models.twins)
+    base = models.base
     return {"rows": len(base), "base": float(base.exact_match.mean()), "champion": champion, "twins": twins}
 
 

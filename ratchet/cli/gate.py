@@ -223,7 +223,7 @@ def _plan(
         )
     source = "--differing" if differing is not None else "the last evaluation" if spread else "an assumption"
     if differing is not None and not (spread and spread.differing is None):
-        spread = Spread(differing, 0.0)
+        spread = Spread(differing, 0.0, spread.explained if spread else 0.0)
     spread = spread or Spread(ASSUMED, 0.0)
     if spread.differing is not None and not abs(effect) <= 1:
         raise UserError(
@@ -252,7 +252,7 @@ def _last_evaluation(root: Path, config: Config) -> tuple[dict[str, int], int, S
         return {}, 0, None
     import pandas as pd
 
-    from ratchet.evaluation.paired import paired_gains
+    from ratchet.evaluation.paired import graded_gains, paired_gains
     from ratchet.gate.power import spread_of
 
     scores = pd.read_parquet(path)
@@ -262,7 +262,7 @@ def _last_evaluation(root: Path, config: Config) -> tuple[dict[str, int], int, S
     return (
         {str(name): len(part) for name, part in mine.groupby("batch")},
         int(((scores.batch == "golden") & (scores.model == "candidate")).sum()),
-        spread_of(paired_gains(test, rival, config.gate.metric)),
+        spread_of(*(gains_of(test, rival, config.gate.metric) for gains_of in (paired_gains, graded_gains))),
     )
 
 

@@ -309,6 +309,13 @@ class GateConfig(Section):
         description="accepted loss, in the metric's unit, on test rows of batches that the champion was "
         "trained on, and relative to the base and the first champion",
     )
+    part_alpha: float = Field(
+        default=0.1,
+        gt=0,
+        lt=0.5,
+        description="largest probability, by all rows together, that a past batch has lost more than "
+        "`gate.past_margin`; lower it if forgetting costs more than a new version brings",
+    )
     oldest: bool = Field(
         default=True,
         description="also compare with the stored scores of the first champion, so that small losses cannot "

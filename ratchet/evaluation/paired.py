@@ -23,6 +23,17 @@ def measured(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
     return rows[rows[metric].notna()] if metric == PREFERENCE and metric in rows else rows
 
 
+def graded_gains(rows: pd.DataFrame, rival: str, metric: str) -> Values:
+    """Return the gains in the likelihood of a row's right answer, per token and from 0 to 1.
+
+    They are zero where the metric is the likelihood itself, of which they would tell nothing new.
+    """
+    if metric == "answer_nll":
+        return np.zeros(len(paired_gains(rows, rival, metric)))
+    graded = measured(rows, metric)
+    return paired_gains(graded.assign(likelihood=np.exp(-graded.answer_nll)), rival, "likelihood")
+
+
 def paired_gains(rows: pd.DataFrame, rival: str, metric: str) -> Values:
     """Return candidate minus rival for each row, in the order of the ids; positive when the candidate is
     better.

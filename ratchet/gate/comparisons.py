@@ -11,9 +11,20 @@ import pandas as pd
 from ratchet.config.evaluation import GateConfig
 from ratchet.evaluation.audit_tables import JUDGE
 from ratchet.evaluation.metrics import propose_metrics
-from ratchet.evaluation.paired import LOWER_IS_BETTER, measured, paired_gains
-from ratchet.evaluation.statistics import Values, chance_of
-from ratchet.gate.checks import BETTER, exceeds, interval_of, make_check, no_worse, tell_gain
+from ratchet.evaluation.paired import LOWER_IS_BETTER, graded_gains, measured, paired_gains
+from ratchet.evaluation.statistics import Interval, Values, chance_of
+from ratchet.gate.checks import (
+    BETTER,
+    NO_WORSE,
+    exceeds,
+    interval_of,
+    make_check,
+    no_worse,
+    reaches,
+    tell_gain,
+    tell_needed,
+)
+from ratchet.gate.parts import Part, estimate_parts, scale_of
 from ratchet.promotion.verdict import Check
 
 FEW_ROWS = 200  # test rows under which the verdict says what they cannot show
@@ -87,17 +98,39 @@ def check_losses(scores: pd.DataFrame, rival: str, seen: Collection[str], config
         )
     past = measured(test[test.batch.isin(list(seen))], config.metric)
     if rival == "champion" and len(past):
-        parts = {"past": past}
-        if past.batch.nunique() > 1:
-            by_batch = {f"past:{batch}": rows for batch, rows in past.groupby("batch")}
-            parts |= {
-                name: rows for name, rows in by_batch.items() if rows.id.nunique() >= config.min_slice_rows
-            }
-        checks += [
-            check_rows_no_worse(name, rows, rival, config.metric, config.past_margin, config)
-            for name, rows in parts.items()
-        ]
+        checks.append(check_rows_no_worse("past", past, rival, config.metric, config.past_margin, config))
+        checks += check_batches(past, rival, config) if past.batch.nunique() > 1 else []
     return checks
+
+
+def check_batches(past: pd.DataFrame, rival: str, config: GateConfig) -> list[Check]:
+    """Check each past batch of at least `gate.min_slice_rows` rows; their gains are estimated jointly.
+
+    A batch passes when the probability that it has lost more than `gate.past_margin` is `gate.part_alpha` at
+    most.
+    """
+    parts = {
+        f"past:{batch}": Part(
+            paired_gains(rows, rival, config.metric), graded_gains(rows, rival, config.metric)
+        )
+        for batch, rows in past.groupby("batch")
+        if rows.id.nunique() >= config.min_slice_rows
+    }
+    if not parts:
+        return []
+    found = estimate_parts(parts, scale_of(config), config.part_alpha)
+    return [_check_batch(name, part.gains, found[name], rival, config) for name, part in parts.items()]
+
+
+def _check_batch(name: str, gains: Values, found: Interval, rival: str, config: GateConfig) -> Check:
+    margin, rows = config.past_margin, f"{len(gains)} rows, their likelihood and the other batches"
+    result = reaches(found, -margin)
+    told = tell_gain(config.metric, found, rows, rival, NO_WORSE, result)
+    alone = f"{gains.mean():+.3f} on these rows alone"
+    reason = f"guardrail {name}: {told} ({alone}), a loss of {margin:g} is still taken"
+    if result == "unclear":
+        reason += f"; {tell_needed(found, margin, len(gains))}"
+    return make_check(name, config.metric, found, len(gains), -margin, result, reason)
 
 
 def check_oldest(scores: pd.DataFrame, old: pd.DataFrame, rival: str, config: GateConfig) -> list[Check]:

@@ -2,8 +2,8 @@
 takes.
 
 It draws tables of paired gains and judges them as the gate does: the success metric at the look's alpha, the
-guardrails on past batches and on the golden set. All other guardrails are assumed to pass: those on the NLL,
-the base and slices, and those that are off by default.
+guardrails on past batches (each by the joint estimate of `ratchet.gate.parts`) and on the golden set.All
+other guardrails are assumed to pass: those on the NLL, the base and slices, and those that are off.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ratchet.config.evaluation import GateConfig
 from ratchet.evaluation.statistics import Values
+from ratchet.gate.parts import Sums, posterior, scale_of
 
 DRAWS = 20_000  # the standard error of a power of 80 % is then 0.3 points
 MOST_ROWS = 2_000_000  # the search for the needed rows ends here
@@ -32,6 +33,7 @@ class Spread(NamedTuple):
 
     differing: float | None
     deviation: float
+    explained: float = 0.0  # share of a gain's variance that the gain in likelihood explains
 
     def at(self, effect: float) -> float:
         """Return the standard deviation of a row's gain under that effect."""
@@ -52,10 +54,14 @@ class Plan(NamedTuple):
     smallest: float | None  # smallest effect that is promoted with the wanted power on `rows`
 
 
-def spread_of(gains: Values) -> Spread:
-    """Measure the spread of the gains of an evaluation."""
+def spread_of(gains: Values, likelihood: Values) -> Spread:
+    """Measure the spread of an evaluation's gains in the metric, given those in the answers' likelihood."""
     binary = bool(np.isin(gains, (-1.0, 0.0, 1.0)).all())
-    return Spread(float((gains != 0).mean()) if binary else None, float(gains.std()))
+    both = bool(gains.std() and likelihood.std())
+    correlation = float(np.corrcoef(gains, likelihood)[0, 1]) if both else 0.0
+    return Spread(
+        float((gains != 0).mean()) if binary else None, float(gains.std()), max(0.0, correlation) ** 2
+    )
 
 
 def plan(
@@ -112,14 +118,14 @@ def _power(
     parts = {name: _draw(generator, rows, effect, spread) for name, rows in batches.items() if rows}
     whole = _join(list(parts.values()))
     success = (whole.low(alpha) > config.min_gain) & whole.beyond_chance(alpha)
-    past = {name: part for name, part in parts.items() if name in seen}
-    groups = {"past": _join(list(past.values()))} if past else {}
-    groups |= {
-        name: part for name, part in past.items() if len(past) > 1 and part.rows >= config.min_slice_rows
-    }
+    past = [part for name, part in parts.items() if name in seen]
     kept = success.copy()
-    for part in groups.values():
-        kept &= part.low(config.guardrail_alpha) >= -config.past_margin
+    if past:
+        kept &= _join(past).low(config.guardrail_alpha) >= -config.past_margin
+    judged = [part for part in past if len(past) > 1 and part.rows >= config.min_slice_rows]
+    if judged:
+        found = posterior(_sums(generator, judged, effect, spread.explained), scale_of(config))
+        kept &= (found.below(-config.past_margin) <= config.part_alpha).all(axis=-1)
     if golden:
         kept &= _draw(generator, golden, effect, spread).low(config.guardrail_alpha) >= -config.golden_margin
     return float(kept.mean()), float(success.mean())
@@ -136,10 +142,19 @@ class _Draws(NamedTuple):
     won: NDArray[np.int64] | None
     lost: NDArray[np.int64] | None
 
+    @property
+    def mean(self) -> Values:
+        return self.total / self.rows
+
+    @property
+    def error(self) -> Values:
+        """Return the standard error of the mean."""
+        return np.asarray(
+            np.sqrt(np.maximum(0.0, self.squares / self.rows - self.mean**2) / self.rows), dtype=np.float64
+        )
+
     def low(self, alpha: float) -> Values:
-        mean = self.total / self.rows
-        deviation = np.sqrt(np.maximum(0.0, self.squares / self.rows - mean * mean))
-        return np.asarray(mean - NormalDist().inv_cdf(1 - alpha) * deviation / math.sqrt(self.rows))
+        return np.asarray(self.mean - NormalDist().inv_cdf(1 - alpha) * self.error)
 
     def beyond_chance(self, alpha: float) -> NDArray[np.bool_]:
         """Apply the gate's sign test (`ratchet.evaluation.statistics.chance_of`)."""
@@ -160,6 +175,15 @@ def _draw(generator: np.random.Generator, rows: int, effect: float, spread: Spre
     )
     won, lost = counts[:, 0], counts[:, 1]
     return _Draws(rows, (won - lost).astype(np.float64), (won + lost).astype(np.float64), won, lost)
+
+
+def _sums(generator: np.random.Generator, parts: list[_Draws], effect: float, explained: float) -> Sums:
+    """Divide the parts' means into what the likelihood tells, in which the effect shows, and the rest."""
+    means = np.column_stack([part.mean for part in parts])  # (draws, parts)
+    errors = np.column_stack([part.error for part in parts])
+    apart = math.sqrt(explained * (1 - explained)) * errors * generator.standard_normal(means.shape)
+    told = effect + explained * (means - effect) + apart
+    return Sums(told, math.sqrt(explained) * errors, means - told, math.sqrt(1 - explained) * errors)
 
 
 def _join(parts: list[_Draws]) -> _Draws:

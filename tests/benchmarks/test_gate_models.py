@@ -20,11 +20,15 @@ from benchmarks import gate_models
 from benchmarks.gate_models import (
     EXCHANGED,
     ITSELF,
+    LOST,
     NO_BETTER,
+    Models,
     Pair,
     bare,
     change_weights,
     exchanged,
+    forgetful,
+    forgetful_in_answers,
     not_a_number,
 )
 from ratchet.files import read_json
@@ -94,7 +98,7 @@ def scores(right: list[float], nll: list[float]) -> pd.DataFrame:
 
 def test_exchanged_twins_keep_each_rows_pair_of_scores_and_neither_side_is_the_better_one():
     one, other = scores([1.0] * 400, [0.1] * 400), scores([0.0] * 400, [0.9] * 400)
-    pair = exchanged([one, other], np.random.default_rng(0))
+    pair = exchanged(models_of(one, other), np.random.default_rng(0))
     sides = pair.candidate.merge(pair.champion, on=["id", "batch"])
     assert (sides.exact_match_x + sides.exact_match_y == 1).all() and np.allclose(
         sides.answer_nll_x + sides.answer_nll_y, 1
@@ -107,7 +111,28 @@ def test_exchanged_twins_keep_each_rows_pair_of_scores_and_neither_side_is_the_b
 
 def test_a_twin_that_is_as_good_counts_as_no_better():
     equal = scores([1.0, 0.0], [0.1, 0.9])
-    assert gate_models.as_they_are([equal, equal.copy()], np.random.default_rng(0)).name == NO_BETTER
+    models = models_of(equal, equal.copy())
+    assert gate_models.as_they_are(models, np.random.default_rng(0)).name == NO_BETTER
+
+
+def test_a_forgetful_twin_loses_5_points_against_the_champion_in_one_domain_and_nothing_elsewhere():
+    rows = 20_000
+    parts = np.where(np.arange(rows) % 2, "one", "two")
+    better, champion, weak = (
+        scores([float(number % 10 < right) for number in range(rows)], [nll] * rows).assign(batch=parts)
+        for right, nll in ((6, 0.1), (5, 0.2), (0, 3.0))
+    )
+    models = Models([champion, better], weak, weak, ["one"])
+    for name, shown in ((forgetful, True), (forgetful_in_answers, False)):
+        pair = name(models, np.random.default_rng(0))
+        lost = (pair.champion.exact_match - pair.candidate.exact_match).groupby(parts).mean()
+        assert lost["one"] == pytest.approx(LOST, abs=0.01)
+        assert lost["two"] == pytest.approx(champion.exact_match[::2].mean() - better.exact_match[::2].mean())
+        assert pair.champion is champion and bool((pair.candidate.answer_nll == 3.0).any()) == shown
+
+
+def models_of(*twins: pd.DataFrame) -> Models:
+    return Models(list(twins), twins[0], twins[0], ["one"])
 
 
 def test_a_drawn_table_holds_the_same_rows_of_all_three():

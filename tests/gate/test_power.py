@@ -44,8 +44,13 @@ def test_a_score_between_0_and_1_is_planned_by_its_deviation():
 
 
 def test_the_spread_is_that_of_the_gains():
-    assert spread_of(np.array([1.0, -1.0, 0.0, 0.0])) == (0.5, pytest.approx(math.sqrt(0.5)))
-    assert spread_of(np.array([0.5, -0.5])) == (None, 0.5)
+    told = np.array([0.3, -0.3, 0.1, -0.1])
+    assert spread_of(np.array([1.0, -1.0, 0.0, 0.0]), told) == (
+        0.5,
+        pytest.approx(math.sqrt(0.5)),
+        pytest.approx(0.9),  # 0.6 ** 2 / (2 * 0.2)
+    )
+    assert spread_of(np.array([0.5, -0.5]), np.zeros(2)) == (None, 0.5, 0.0)
 
 
 def test_guardrails_lower_the_power_and_a_small_golden_set_may_bar_the_way():
@@ -108,6 +113,7 @@ def test_the_last_evaluation_gives_rows_and_spread_and_the_ledger_the_look(root)
             "id": [str(number) for number in range(400)],
             "batch": ["new"] * 300 + ["golden"] * 100,
             "exact_match": ([1.0] + [0.0] * 3) * 100,
+            "answer_nll": 1.0,
         }
     )
     other = rows.assign(exact_match=([0.0] * 3 + [1.0]) * 100)
