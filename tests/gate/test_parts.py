@@ -16,7 +16,7 @@ def draw(
 ) -> list[Part]:
     """Draw parts of two models that differ in 20 % of the rows, as twins do; a gain is -1, 0 or 1.
 
-    The likelihood correlates with a row's gain by a half, and its mean moves by a quarter of the effect, times
+    The likelihood correlates with a gain by a half, and its mean moves by a quarter of the effect, times
     `shown`: about 1 between twins, 2 and more where a domain was spoilt (benchmarks/gate_models.py).
     """
     parts = []
