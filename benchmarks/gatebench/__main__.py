@@ -28,7 +28,7 @@ from benchmarks.gatebench import measure
 from benchmarks.gatebench.figure import draw
 from benchmarks.gatebench.judging import BUILT_IN, built_in, load_rule
 from benchmarks.gatebench.models import FILE, accuracies, require_pool
-from benchmarks.gatebench.tables import Found, described, faults, promoted, tables, write_page
+from benchmarks.gatebench.tables import Found, described, faults, promoted, split_page, tables, write_page
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -37,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if twice := sorted({path.stem for path in paths if [each.stem for each in paths].count(path.stem) > 1}):
         raise SystemExit(f"two rules are named {', '.join(twice)}; rename the file")
     rules = [load_rule(path) for path in paths]  # before the models are made: a fault is told at once
+    if options.write:
+        split_page(options.write)
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes
     with _folder(options.models) as folder:
         if made := not (folder / FILE).exists():

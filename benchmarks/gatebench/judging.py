@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -54,6 +55,7 @@ def load_rule(path: Path) -> Rule:
     if spec is None or spec.loader is None or not path.is_file():
         raise SystemExit(f"{path} is no Python file; wanted one with `def judge(table) -> bool`")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     try:
         spec.loader.exec_module(module)
     except Exception as error:
@@ -69,7 +71,7 @@ def ask(rule: Rule, table: pd.DataFrame) -> Judged:
     """Ask a rule about its own copy of a table; whatever it raises is a fault that is counted and told."""
     try:
         verdict = rule.judge(table.copy())
-    except Exception as error:  # noqa: BLE001 - the rule is somebody's code; its fault is counted and shown
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - somebody's code; its fault is counted and shown
         return Judged(False, f"{type(error).__name__}: {error}")
     if not isinstance(verdict, bool | np.bool_):
         return Judged(False, f"it returned {verdict!r}; wanted True or False")

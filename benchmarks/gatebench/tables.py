@@ -16,7 +16,7 @@ from ratchet.files import write_text
 
 PAGE, FIGURE = "gatebench.md", "images/gatebench.svg"
 BEGIN, END = "<!-- gatebench: begin -->", "<!-- gatebench: end -->"
-DETAIL = 1200  # test rows of the table by effect, or the largest size below
+GLANCE = (200, 1200)  # test rows of the first table; the last one is by effect at the second
 
 
 class Found(NamedTuple):
@@ -67,7 +67,8 @@ def percent(found: Interval | None) -> str:
 
 
 def tables(found: Found) -> Iterator[str]:
-    """Yield the tables, each with its heading."""
+    """Yield the tables, each with its heading; the first has the rest at a glance."""
+    yield _at_a_glance(found)
     by_size: list[tuple[str, str, Callable[[Sequence[Cell]], Interval | None]]] = [
         ("Wrong promotions: equal candidates that were promoted", EQUAL, promoted),
         ("Wrong promotions: worse candidates that were promoted", LOSS, promoted),
@@ -86,6 +87,35 @@ def tables(found: Found) -> Iterator[str]:
     yield _by_effect(found)
 
 
+def _at_a_glance(found: Found) -> str:
+    sizes = sorted({_nearest(found, rows) for rows in GLANCE})
+    columns = [
+        ("equal promoted", EQUAL, promoted),
+        ("worse promoted", LOSS, promoted),
+        ("gains missed", GAIN, missed),
+    ]
+    shown = [(rows, *column) for rows in sizes for column in columns]
+    header = [
+        "rule",
+        *(f"{rows:,} rows: {words}" for rows, words, _, _ in shown),
+        "all sizes: spoilt promoted",
+    ]
+    body = [
+        [
+            rule.title,
+            *(percent(share(found.pick(rule.name, kind, rows))) for rows, _, kind, share in shown),
+            percent(promoted(found.pick(rule.name, SPOILT))),
+        ]
+        for rule in found.rules
+    ]
+    return f"**At a glance**\n\n{_table(header, body)}"
+
+
+def _nearest(found: Found, rows: int) -> int:
+    """Return the largest measured size up to `rows`, or else the smallest."""
+    return max((size for size in found.sizes if size <= rows), default=found.sizes[0])
+
+
 def _counted(found: Found, kind: str) -> str:
     cells = found.pick(found.rules[0].name, kind, found.sizes[0])
     points = ", ".join(f"{points:g}" for points in found.points(kind))
@@ -94,7 +124,7 @@ def _counted(found: Found, kind: str) -> str:
 
 
 def _by_effect(found: Found) -> str:
-    rows = max(size for size in found.sizes if size <= DETAIL)
+    rows = _nearest(found, GLANCE[-1])
     columns = [(LOSS, points) for points in reversed(found.points(LOSS))]
     columns += [(EQUAL, 0.0), *((GAIN, points) for points in found.points(GAIN))]
     signs = {LOSS: "−", EQUAL: "", GAIN: "+"}
@@ -146,13 +176,19 @@ def faults(found: Found) -> Iterator[str]:
 
 def write_page(folder: Path, found: Found, figure: str) -> None:
     """Write the figure, and put the tables between the marks of the page."""
-    page = folder / PAGE
-    text = page.read_text(encoding="utf-8") if page.is_file() else ""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    if not rest or END not in rest:
-        raise SystemExit(f"{page} does not hold the marks {BEGIN} and {END}: nothing is written")
-    alt = "Nine small charts, one a rule: shares of wrong promotions and of missed gains by the test rows"
+    before, after = split_page(folder)
+    alt = "Small charts, one a rule: shares of wrong promotions and of missed gains by the test rows"
     parts = [described(found), f"![{alt}]({FIGURE})", *faults(found), *tables(found)]
     write_text(folder / FIGURE, figure)
-    write_text(page, before + "\n\n".join([BEGIN, *parts, END]) + after)
+    write_text(folder / PAGE, before + "\n\n".join([BEGIN, *parts, END]) + after)
+
+
+def split_page(folder: Path) -> tuple[str, str]:
+    """Return what stands before and after the marks. Raises SystemExit where they are missing."""
+    page = folder / PAGE
+    text = page.read_text(encoding="utf-8") if page.is_file() else ""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise SystemExit(f"{page} does not hold the marks {BEGIN} and {END}: nothing is measured")
+    return before, after
