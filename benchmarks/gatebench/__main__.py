@@ -51,7 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cells = measure.measure(pool, paths, study, options.jobs)
         table = pd.read_parquet(pool, columns=["model", "id", "exact_match"])
         found = Found(
-            rules, accuracies(table), table.id.nunique(), cells, time.perf_counter() - started, made
+            rules,
+            accuracies(table),
+            table.id.nunique(),
+            cells,
+            time.perf_counter() - started,
+            sum(os.times()[:4]),
+            made,
         )
     for line in as_json(found) if options.json else (described(found), *tables(found)):
         print(line if options.json else f"{line}\n")
@@ -109,7 +115,8 @@ def _folder(kept: Path | None) -> Iterator[Path]:
 
 def as_json(found: Found) -> Iterator[str]:
     models = {"rows": found.rows, "accuracies": found.accuracies}
-    yield json.dumps({**models, "seconds": round(found.seconds, 1), "models_made": found.made})
+    seconds = {"seconds": round(found.seconds, 1), "cpu_seconds": round(found.cpu_seconds, 1)}
+    yield json.dumps({**models, **seconds, "models_made": found.made})
     for cell in found.cells:
         share = promoted([cell])
         assert share

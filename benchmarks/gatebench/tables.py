@@ -20,13 +20,17 @@ GLANCE = (200, 1200)  # test rows of the first table; the last one is by effect 
 
 
 class Found(NamedTuple):
-    """What a run found: the models' accuracies, all cells and the seconds that it took."""
+    """What a run found: the models' accuracies, all cells, and the seconds that it took.
+
+    `cpu_seconds` are those of all processes, which other work on the machine changes less.
+    """
 
     rules: list[Rule]
     accuracies: dict[str, float]
     rows: int  # held out
     cells: list[Cell]
     seconds: float
+    cpu_seconds: float
     made: bool  # whether the seconds hold the making of the models
 
     @property
@@ -149,7 +153,8 @@ def described(found: Found) -> str:
     twins = [mean for name, mean in found.accuracies.items() if name.startswith("twin-")]
     spoilt = [mean for name, mean in found.accuracies.items() if name.startswith("spoilt-")]
     verdicts = sum(cell.pairs for cell in found.cells if cell.rule == found.rules[0].name)
-    seconds = f"{found.seconds:,.0f} s{'' if found.made else ', without the making of the models'}"
+    seconds = f"{found.seconds:,.0f} s, {found.cpu_seconds:,.0f} s of CPU"
+    seconds += "" if found.made else ", without the making of the models"
     text = (
         f"{found.rows:,} rows held out. Right on them: base {found.accuracies['base']:.3f}, {len(twins)}"
         f" twins {min(twins):.3f} to {max(twins):.3f}, weaker model {found.accuracies['weaker']:.3f},"
