@@ -191,17 +191,22 @@ def make_models(folder: Path, data: Path, size: Size) -> None:
 
 def make_twin(folder: Path, size: Size, seed: int, epochs: float | None = None) -> None:
     """Repeat the champion's training with another seed; score twin and champion on all held-out rows."""
+    out, config = folder / f"models/twin-{seed}", settings(size, seed, epochs)
+    learn(folder, folder / "known", folder / "nobody", out, config)
+    score(folder, out, folder / f"twin-{seed}", config)
+
+
+def score(folder: Path, candidate: Path, out: Path, config: Config) -> None:
+    """Score candidate, champion and base on all held-out rows."""
     from tasks.evaluate import evaluate
 
-    out = folder / f"models/twin-{seed}"
-    learn(folder, folder / "known", folder / "nobody", out, settings(size, seed, epochs))
     evaluate(
         folder / POOL,
         folder / BASE,
         folder / CHAMPION,
+        candidate,
         out,
-        folder / f"twin-{seed}",
-        settings(size, seed),
+        config,
         cache=folder / CACHE,
     )
 

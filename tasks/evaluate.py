@@ -143,7 +143,7 @@ def evaluate(
         )
     table = add_scores(pd.concat(plain, ignore_index=True), fitting, config.evaluate, custom)
     if PREFERENCE in config.evaluate.metrics:
-        table[PREFERENCE] = _prefer(table)
+        table[PREFERENCE] = prefer(table)
     for column, values in grouped.items():
         table[column] = table.id.map(dict(zip((row.id for row in fitting), values, strict=True)))
     table["region"] = mark(list(table.question), read_region(region).topics if region else [])
@@ -180,7 +180,7 @@ def _with_worse(rows: list[Example], prepared: Path) -> list[Example]:
     return paired.rows[: len(rows)]
 
 
-def _prefer(table: pd.DataFrame) -> pd.Series:
+def prefer(table: pd.DataFrame) -> pd.Series:
     """Return 1 where the better answer is the likelier one, else 0; NaN for rows without a worse answer."""
     prefers = (table.answer_nll * table.answer_tokens < table.worse_nll).astype(float)
     return prefers.where(table.worse_nll.notna())
