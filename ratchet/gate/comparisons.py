@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 
+import msgspec
 import numpy as np
 import pandas as pd
 
@@ -13,7 +14,7 @@ from ratchet.evaluation.audit_tables import JUDGE
 from ratchet.evaluation.metrics import propose_metrics
 from ratchet.evaluation.paired import LOWER_IS_BETTER, measured, paired_gains
 from ratchet.evaluation.statistics import Values, chance_of
-from ratchet.gate.checks import BETTER, exceeds, interval_of, make_check, no_worse, tell_gain
+from ratchet.gate.checks import BETTER, exceeds, interval_of, make_check, more_rows, no_worse, tell_gain
 from ratchet.promotion.verdict import Check
 
 FEW_ROWS = 200  # test rows under which the verdict says what they cannot show
@@ -29,7 +30,7 @@ def check_success(test: pd.DataFrame, rival: str, alpha: float, look: int, confi
     rows = len(gains)
     if rows < config.min_rows:
         reason = f"{rows} test rows are too few to decide on; `gate.min_rows` is {config.min_rows}"
-        return Check("success", config.metric, rows, "unclear", reason)
+        return Check("success", config.metric, rows, "unclear", reason, needed=config.min_rows - rows)
     found = interval_of(gains, config, alpha)
     result = exceeds(found, config.min_gain)
     if result == "pass" and chance_of(gains) > alpha:
@@ -39,7 +40,10 @@ def check_success(test: pd.DataFrame, rival: str, alpha: float, look: int, confi
         f"wanted a lower bound over {config.min_gain:+.3f} (look {look} against it, error {alpha:.2g})"
         f"{_what_few_rows_show(gains, alpha)}{_whether_blind(test, config.metric)}"
     )
-    return make_check("success", config.metric, found, rows, config.min_gain, result, reason)
+    needed = more_rows(result, found, -config.min_gain, rows)
+    check = make_check("success", config.metric, found, rows, config.min_gain, result, reason, needed)
+    mine = measured(test[test.model == "candidate"], config.metric)[config.metric]
+    return msgspec.structs.replace(check, score=float(mine.mean()))
 
 
 def _what_few_rows_show(gains: Values, alpha: float) -> str:

@@ -32,6 +32,7 @@ from ratchet.gate.checks import (
     exceeds,
     interval_of,
     make_check,
+    more_rows,
     no_worse,
     reaches,
     tell_gain,
@@ -409,4 +410,5 @@ def judge_nodes(path: Path, config: GateConfig) -> list[Check]:
         reason += f"; {tell_needed(found, config.past_margin, sums.rows)}"
     if scores.left_out:
         reason += f"; without {', '.join(sorted(scores.left_out))}"
-    return [make_check("nodes", scores.metric, found, sums.rows, -config.past_margin, result, reason)]
+    needed = more_rows(result, found, config.past_margin, sums.rows)
+    return [make_check("nodes", scores.metric, found, sums.rows, -config.past_margin, result, reason, needed)]
