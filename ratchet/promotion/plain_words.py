@@ -154,11 +154,12 @@ def _tell_doubt(verdict: Verdict, quote: Quote) -> str:
 
 def _count(failed: int, open_ones: int) -> str:
     """Count the checks that the sentence does not name."""
-    others, doubts = (f"other check{'s' * (count > 1)} " for count in (failed, open_ones))
-    parts = [
-        *([f"{failed} {others}failed"] if failed else []),
-        *([f"{open_ones} {'' if failed else doubts}cannot be told"] if open_ones else []),
-    ]
+    parts = []
+    if failed:
+        parts.append(f"{failed} other check{'s' * (failed > 1)} failed")
+    if open_ones:
+        others = "" if failed else f" other check{'s' * (open_ones > 1)}"
+        parts.append(f"{open_ones}{others} {'are' if open_ones > 1 else 'is'} unclear")
     return f"; {' and '.join(parts)}" if parts else ""
 
 

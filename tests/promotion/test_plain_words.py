@@ -163,7 +163,7 @@ def test_the_weightiest_reason_is_named_and_the_others_are_counted():
     )
     assert tell_verdict(found) == (
         "Kept the champion (v3): the candidate lost 20 points on what batch worse taught; 3 other checks "
-        "failed and 1 cannot be told."
+        "failed and 1 is unclear."
     )
     void = verdict(*found.checks, check("parity", None, "fail"))
     assert tell_verdict(void).startswith("Kept the champion (v3): what users would get differs")
@@ -252,7 +252,7 @@ def test_other_doubts_are_counted_and_the_success_comes_first():
     doubts = [check("golden", -0.01, "unclear", needed=10), check("success", 0.01, "unclear", needed=600)]
     told = tell_verdict(verdict(*doubts))
     assert "right answers rose: a gain of 1 point on 1,200 test rows may be chance" in told
-    assert told.endswith("; 1 other check cannot be told.")
+    assert told.endswith("; 1 other check is unclear.")
 
 
 # --- whatever it is ---
