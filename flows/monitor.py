@@ -25,7 +25,7 @@ from ratchet.errors import RatchetError, ServiceError
 from ratchet.monitoring.request_log import open_log
 from ratchet.monitoring.retrain_budget import is_under_way, last_start, note_asked, read_retrains
 from ratchet.monitoring.topics import sources_for
-from ratchet.monitoring.verdicts import Decision, Recorded, Verdict
+from ratchet.monitoring.verdicts import REPORTS, Decision, Recorded, Verdict
 from ratchet.pipeline.stage import project_root
 from ratchet.promotion.champion import Champion, read_champion
 from ratchet.promotion.rollout import read_rollout
@@ -35,7 +35,6 @@ from tasks import monitor as tasks
 from tasks.ingest import count_new, pull
 
 SETTINGS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
-REPORTS = Path(".ratchet/monitor/reports")
 KEPT_REPORTS = 50  # 4 MB each; MLflow keeps all of them
 WEEK = 7 * 86_400.0
 NO_CHAMPION = "nobody is in charge yet: there is nothing to compare the traffic with"

@@ -42,7 +42,9 @@ from ratchet.pipeline.stage import project_root
 from ratchet.pipeline.work_branch import TRAVELS
 from ratchet.pipeline.workspace import catch_up, land, open_workspace
 from ratchet.promotion.champion import Champion, last_entry, read_champion
+from ratchet.promotion.plain_words import tell_verdict
 from ratchet.promotion.verdict import read_verdict
+from ratchet.reporting.evaluation_page import gather, keep_page
 from ratchet.reporting.forest import FOREST, draw_forest
 from ratchet.reporting.markdown import model_card
 from ratchet.reporting.retention import SAVED, build, numbers_of, registered_numbers
@@ -71,6 +73,7 @@ class Retrained(NamedTuple):
     """The result of a retraining; versions are given by their numbers."""
 
     verdict: str
+    sentence: str  # the verdict in plain words
     reasons: list[str]
     regions: list[str]  # one line per drifted topic
     stages: dict[str, bool]  # stage → whether it ran
@@ -234,13 +237,15 @@ def go_round(
     else:
         registered = publish(workspace, found, config, commit, reason)
         version, champion = registered.number, decide(workspace, registered, found, config, reason)
+    in_charge, passed = champion.version if champion else None, found.decision.verdict == "promote"
     return Retrained(
         verdict=found.decision.verdict,
+        sentence=tell_verdict(found.decision, promoted=passed and in_charge == version),
         reasons=found.decision.reasons,
         regions=[part.reason for part in found.decision.regions],
         stages=ran,
         version=version,
-        champion=champion.version if champion else None,
+        champion=in_charge,
     )
 
 
@@ -422,7 +427,9 @@ def show_retention(
             {**registered_numbers(config.project.name), **numbers_of(workspace.root)},
         )
         write_json(workspace.root / SAVED, msgspec.to_builtins(retention))
-        record_page(found, retention, run_id=run_id, name=f"v{version.number}")
+        page = gather(found.folder, f"v{version.number}", retention)
+        keep_page(workspace.root, page)
+        record_page(found, page, retention, run_id=run_id)
     except Exception as error:  # noqa: BLE001  (the page only repeats what files hold)
         why = (str(error) or type(error).__name__).splitlines()[0]
         say(

@@ -21,7 +21,7 @@ from ratchet.models.processors import kinds_read
 from ratchet.promotion.champion import Data, GateLine
 from ratchet.promotion.lineage import STARTED_FROM, TAUGHT_BY
 from ratchet.promotion.verdict import Verdict, read_verdict
-from ratchet.reporting.evaluation_page import gather, write_evaluation_page
+from ratchet.reporting.evaluation_page import Evaluated, write_evaluation_page
 from ratchet.reporting.heatmap import draw
 from ratchet.reporting.markdown import MODELS, model_card
 from ratchet.reporting.model_card import hub_card
@@ -106,12 +106,12 @@ def record(found: Findings, config: Config, *, commit: str, reason: str) -> str:
     return run_id
 
 
-def record_page(found: Findings, retention: Retention, *, run_id: str, name: str) -> None:
+def record_page(found: Findings, evaluated: Evaluated, retention: Retention, *, run_id: str) -> None:
     """Record the evaluation's page, and the retention table as JSON and heat map. Raises ServiceError."""
     from matplotlib import use
 
     use("Agg")
-    page = write_evaluation_page(found.folder / PAGE, gather(found.folder, name, retention))
+    page = write_evaluation_page(found.folder / PAGE, evaluated)
     client = mlflow_client()
     with mlflow_errors():
         client.log_artifact(run_id, str(page), "reports")

@@ -11,10 +11,11 @@ import json
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import msgspec
-from evaluation_reports import TABLE
+from evaluation_reports import RETENTION, TABLE, make_reports
 from PIL import Image, ImageDraw
 from places import commit, make_repository, write_files
 
@@ -23,12 +24,15 @@ from ratchet.files import write_json
 from ratchet.monitoring.pictures import KeptPictures
 from ratchet.monitoring.request_log import open_log
 from ratchet.monitoring.request_records import Feedback, Logged
-from ratchet.monitoring.verdicts import VERDICTS
+from ratchet.monitoring.verdicts import REPORTS, VERDICTS
 from ratchet.promotion.champion import Champion, write_champion
 from ratchet.promotion.rollout import Rollout, end_rollout, write_rollout
+from ratchet.promotion.verdict import Rival
+from ratchet.reporting.evaluation_page import gather, keep_page
 from ratchet.reporting.retention import SAVED
 
 HOSTILE = "<script>document.title = 'taken'</script>\u202e&\"'<img src=https://example.org/x.png>"
+REPORT = str(REPORTS / "20260101T000000Z")
 DAY, HOUR = 86_400.0, 3_600.0
 CONFIG = Config.model_validate({"project": {"name": "pydoc-helper"}})
 
@@ -42,7 +46,17 @@ def make_busy(path: Path, now: float | None = None) -> Path:
     write_verdicts(path, now)
     write_rollouts(path, now)
     write_json(path / SAVED, TABLE)
+    write_linked(path)
     return path
+
+
+def write_linked(root: Path) -> None:
+    """Evidently's report of the newest verdict, and the page of the evaluation of v3 against v2."""
+    with TemporaryDirectory() as scratch:
+        found = gather(make_reports(Path(scratch)), "v3", RETENTION)
+    judged = msgspec.structs.replace(found.decision, rival=Rival("champion", 2))
+    keep_page(root, msgspec.structs.replace(found, decision=judged))
+    write_files(root, {f"{REPORT}/report.html": "<!doctype html><title>Evidently</title>what it saw"})
 
 
 def text_of(at: float) -> str:
@@ -203,6 +217,7 @@ def write_verdicts(root: Path, now: float) -> None:
         ],
         "pictures": [{"name": HOSTILE, "looks": "640x480 pixels, dark, grey"}],
         "missing": ["answers: the champion has no answers on record"],
+        "report": REPORT,
         "decision": {
             "retrain": False,
             "for": ["drift on 500 requests"],

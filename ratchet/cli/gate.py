@@ -144,14 +144,15 @@ def gate_explain(
     page: Annotated[Path | None, typer.Option("--page", help="Write it as one HTML page instead.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show the verdict and its reasons, the figures, the retention table, the rows that moved, the curve.
+    """Show the verdict in one sentence, then reasons, figures, retention, the rows that moved, the curve.
 
     Example: ratchet gate explain v3
     """
     root = find_root()
     config = read_config(root)
     from ratchet.cli.retention import known_numbers
-    from ratchet.reporting.evaluation_page import fetched, gather
+    from ratchet.promotion.champion import was_promoted
+    from ratchet.reporting.evaluation_page import fetched, gather, keep_page
     from ratchet.reporting.retention import build
     from ratchet.reporting.terminal import print_evaluation
 
@@ -159,6 +160,10 @@ def gate_explain(
     commit, name = _find(root, version, numbers)
     with fetched(root, commit) as folder:
         found = gather(folder, name, build(root, config.gate.metric, numbers))
+    judged = found.decision
+    promoted = was_promoted(root, judged.candidate.adapter_sha256, judged.rival.version)
+    found = msgspec.structs.replace(found, promoted=promoted)
+    keep_page(root, found)
     if page:
         from ratchet.reporting.evaluation_page import write_evaluation_page
 

@@ -254,6 +254,7 @@ def _hand_over(reason: str, as_json: bool, refused: dict[str, bool]) -> None:
 
 
 def tell_retrained(done: Retrained) -> None:
+    say(done.sentence)
     ran = ", ".join(stage for stage, did in done.stages.items() if did) or "nothing, all unchanged"
     version = f"v{done.version}" if done.version else "no version"
     say(f"verdict: {done.verdict} ({version}); in charge: {name_version(done.champion)}; ran: {ran}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from glob import glob
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import Annotated
 
 import typer
@@ -222,17 +224,31 @@ def serve() -> None:
     run(root, read_config(root))
 
 
-def status(as_json: Json = False) -> None:
-    """Show who is in charge, what the gate said last, what is new, what runs.
+def status(
+    everything: Annotated[
+        bool, typer.Option("--all", help="Show all: every reason, topic, service and leftover.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Show in fifteen lines who answers, what is wrong, what waits for a person, and what the gate said last.
 
-    Example: ratchet status
+    Example: ratchet status --all
     """
     root = find_root()
+    config = read_config(root)
 
-    from ratchet.services.status import describe, see_status
+    from ratchet.services.status import see_status
 
-    found = see_status(root, read_config(root))
-    show(found.to_json(), as_json, lambda: say("\n".join(describe(found))))
+    found = see_status(root, config)
+
+    def tell() -> None:
+        from ratchet.reporting.overview import describe_all, describe_in_short, look_around
+
+        around = look_around(root, config, found)
+        short = partial(describe_in_short, columns=get_terminal_size((100, 24)).columns)
+        say("\n".join((describe_all if everything else short)(found, around)))
+
+    show(found.to_json(), as_json, tell)
 
 
 def report(

@@ -42,6 +42,7 @@ from ratchet.models.manifests import MANIFEST
 from ratchet.pipeline.checkout import git
 from ratchet.pipeline.stage import project_root
 from ratchet.promotion.champion import read_champion
+from ratchet.promotion.plain_words import tell_verdict
 from ratchet.promotion.verdict import Verdict, read_verdict
 from ratchet.services.processes import free_port
 from ratchet.sources.pydoc import harvest
@@ -305,6 +306,7 @@ def _print_verdict(name: str, found: Judged) -> None:
         f"gate: [bold]{found.verdict.verdict}[/bold] — {name}, {len(found.rounds)} rounds; {sent:.1f} MiB "
         "went between them"
     )
+    console.print(f"  {tell_verdict(found.verdict)}", markup=False)
     for reason in found.verdict.reasons:
         console.print(f"  {reason}", markup=False)
 

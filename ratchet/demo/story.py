@@ -34,6 +34,7 @@ from ratchet.demo.smollm2 import SHA256, TEMPLATE, find_smollm2
 from ratchet.errors import RatchetError
 from ratchet.evaluation.report import read_metrics
 from ratchet.evaluation.statistics import wilson
+from ratchet.promotion.plain_words import tell_verdict
 from ratchet.promotion.rollout import read_rollout
 from ratchet.promotion.verdict import read_verdict
 from ratchet.services.status import ledger_lines, read_moves
@@ -304,6 +305,7 @@ def _print_verdict(home: Path) -> bool:
     """Print the gate's reasons, and return whether it let the candidate through."""
     decision = read_verdict(home / "reports/gate.json")
     console.print(f"gate: [bold]{decision.verdict}[/bold]")
+    console.print(tell_verdict(decision), markup=False)
     for part in [*decision.checks[:1], *decision.regions]:
         console.print(f"  {part.reason}", markup=False)
     if decision.verdict != "promote":

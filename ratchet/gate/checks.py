@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 
+from msgspec import UNSET
+
 from ratchet.config.evaluation import GateConfig
 from ratchet.evaluation.statistics import Interval, Values, bootstrap_mean
-from ratchet.promotion.verdict import Check, Result
+from ratchet.promotion.verdict import Check, Needed, Result, tell_rows
 
 MOST_ROWS = 1_000_000  # a wish for more rows than this helps nobody
 BETTER: dict[Result, str] = {
@@ -43,13 +45,21 @@ def no_worse(name: str, gains: Values, rival: str, metric: str, margin: float, c
     Guardrails all have to pass. So alpha needs no correction for their number: a chance failure only keeps
     the champion.
     """
-    found = interval_of(gains, config)
+    rows = len(gains)
+    return check_loss(name, metric, interval_of(gains, config), rows, f"{rows} rows", rival, margin)
+
+
+def check_loss(
+    name: str, metric: str, found: Interval, rows: int, of: str, rival: str, margin: float
+) -> Check:
+    """Check that the interval has no part under -margin; `of` is the number of rows with what they are."""
     result = reaches(found, -margin)
-    told = tell_gain(metric, found, f"{len(gains)} rows", rival, NO_WORSE, result)
+    told = tell_gain(metric, found, of, rival, NO_WORSE, result)
     reason = f"guardrail {name}: {told}, a loss of {margin:g} is still taken"
     if result == "unclear":
-        reason += f"; {tell_needed(found, margin, len(gains))}"
-    return make_check(name, metric, found, len(gains), -margin, result, reason)
+        reason += f"; {tell_needed(found, margin, rows)}"
+    needed = more_rows(result, found, margin, rows)
+    return make_check(name, metric, found, rows, -margin, result, reason, needed)
 
 
 def rows_needed(found: Interval, margin: float, rows: int) -> int | None:
@@ -61,12 +71,22 @@ def rows_needed(found: Interval, margin: float, rows: int) -> int | None:
     return math.ceil(rows * ((found.mean - found.low) / room) ** 2) if room > 0 else None
 
 
+def more_rows(result: Result, found: Interval, margin: float, rows: int) -> Needed:
+    """Return how many more rows would settle an unclear check; None: no number of them would.
+
+    A check that is settled has no such figure, nor one whose interval would pass already.
+    """
+    needed = rows_needed(found, margin, rows)
+    if result != "unclear" or (needed is not None and needed <= rows):
+        return UNSET
+    return None if needed is None or needed > MOST_ROWS else needed - rows
+
+
 def tell_needed(found: Interval, margin: float, rows: int) -> str:
     needed = rows_needed(found, margin, rows)
     if needed is None or needed > MOST_ROWS:
         return "no number of rows would show it at this gain"
-    digits = 10 ** max(0, len(str(needed)) - 2)  # two digits are more than such an estimate is worth
-    return f"about {math.ceil(needed / digits) * digits:,} rows would show it at this gain"
+    return f"about {tell_rows(needed)} rows would show it at this gain"
 
 
 def tell_gain(
@@ -80,9 +100,16 @@ def tell_gain(
 
 
 def make_check(
-    name: str, metric: str, found: Interval, rows: int, wanted: float, result: Result, reason: str
+    name: str,
+    metric: str,
+    found: Interval,
+    rows: int,
+    wanted: float,
+    result: Result,
+    reason: str,
+    needed: Needed = UNSET,
 ) -> Check:
-    return Check(name, metric, rows, result, reason, found.mean, found.low, found.high, wanted)
+    return Check(name, metric, rows, result, reason, found.mean, found.low, found.high, wanted, needed=needed)
 
 
 def unmeasured(name: str, metric: str, rows: int, result: Result, reason: str) -> Check:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 
+import msgspec
 import numpy as np
 import pandas as pd
 
@@ -12,17 +13,16 @@ from ratchet.config.evaluation import GateConfig
 from ratchet.evaluation.audit_tables import JUDGE
 from ratchet.evaluation.metrics import propose_metrics
 from ratchet.evaluation.paired import LOWER_IS_BETTER, graded_gains, measured, paired_gains
-from ratchet.evaluation.statistics import Interval, Values, chance_of
+from ratchet.evaluation.statistics import Values, chance_of
 from ratchet.gate.checks import (
     BETTER,
-    NO_WORSE,
+    check_loss,
     exceeds,
     interval_of,
     make_check,
+    more_rows,
     no_worse,
-    reaches,
     tell_gain,
-    tell_needed,
 )
 from ratchet.gate.parts import Part, estimate_parts, scale_of
 from ratchet.promotion.verdict import Check
@@ -40,7 +40,7 @@ def check_success(test: pd.DataFrame, rival: str, alpha: float, look: int, confi
     rows = len(gains)
     if rows < config.min_rows:
         reason = f"{rows} test rows are too few to decide on; `gate.min_rows` is {config.min_rows}"
-        return Check("success", config.metric, rows, "unclear", reason)
+        return Check("success", config.metric, rows, "unclear", reason, needed=config.min_rows - rows)
     found = interval_of(gains, config, alpha)
     result = exceeds(found, config.min_gain)
     if result == "pass" and chance_of(gains) > alpha:
@@ -50,7 +50,10 @@ def check_success(test: pd.DataFrame, rival: str, alpha: float, look: int, confi
         f"wanted a lower bound over {config.min_gain:+.3f} (look {look} against it, error {alpha:.2g})"
         f"{_what_few_rows_show(gains, alpha)}{_whether_blind(test, config.metric)}"
     )
-    return make_check("success", config.metric, found, rows, config.min_gain, result, reason)
+    needed = more_rows(result, found, -config.min_gain, rows)
+    check = make_check("success", config.metric, found, rows, config.min_gain, result, reason, needed)
+    mine = measured(test[test.model == "candidate"], config.metric)[config.metric]
+    return msgspec.structs.replace(check, score=float(mine.mean()))
 
 
 def _what_few_rows_show(gains: Values, alpha: float) -> str:
@@ -119,18 +122,19 @@ def check_batches(past: pd.DataFrame, rival: str, config: GateConfig) -> list[Ch
     if not parts:
         return []
     found = estimate_parts(parts, scale_of(config), config.part_alpha)
-    return [_check_batch(name, part.gains, found[name], rival, config) for name, part in parts.items()]
-
-
-def _check_batch(name: str, gains: Values, found: Interval, rival: str, config: GateConfig) -> Check:
-    margin, rows = config.past_margin, f"{len(gains)} rows, their likelihood and the other batches"
-    result = reaches(found, -margin)
-    told = tell_gain(config.metric, found, rows, rival, NO_WORSE, result)
-    alone = f"{gains.mean():+.3f} on these rows alone"
-    reason = f"guardrail {name}: {told} ({alone}), a loss of {margin:g} is still taken"
-    if result == "unclear":
-        reason += f"; {tell_needed(found, margin, len(gains))}"
-    return make_check(name, config.metric, found, len(gains), -margin, result, reason)
+    told = "{} rows ({:+.3f} by these alone), their likelihood and the other batches"
+    return [
+        check_loss(
+            name,
+            config.metric,
+            found[name],
+            len(part.gains),
+            told.format(len(part.gains), part.gains.mean()),
+            rival,
+            config.past_margin,
+        )
+        for name, part in parts.items()
+    ]
 
 
 def check_oldest(scores: pd.DataFrame, old: pd.DataFrame, rival: str, config: GateConfig) -> list[Check]:

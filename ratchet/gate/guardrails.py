@@ -28,14 +28,13 @@ from ratchet.evaluation.slices import groups
 from ratchet.evaluation.statistics import Interval, Values
 from ratchet.files import read_json
 from ratchet.gate.checks import (
-    NO_WORSE,
+    check_loss,
     exceeds,
     interval_of,
     make_check,
     no_worse,
     reaches,
     tell_gain,
-    tell_needed,
     unmeasured,
 )
 from ratchet.promotion.verdict import Check, Result
@@ -401,12 +400,9 @@ def judge_nodes(path: Path, config: GateConfig) -> list[Check]:
     if (sums := scores.together.get(ALL)) is None:
         return []  # no node holds rows out, or none was there; the log of the training names them
     found = gain_of(sums, config.guardrail_alpha)
-    result = reaches(found, -config.past_margin)
-    rows = f"{sums.rows} rows of {scores.count} nodes"
-    told = tell_gain(scores.metric, found, rows, scores.rival, NO_WORSE, result)
-    reason = f"guardrail nodes: {told}, a loss of {config.past_margin:g} is still taken"
-    if result == "unclear":
-        reason += f"; {tell_needed(found, config.past_margin, sums.rows)}"
+    of, margin = f"{sums.rows} rows of {scores.count} nodes", config.past_margin
+    check = check_loss("nodes", scores.metric, found, sums.rows, of, scores.rival, margin)
     if scores.left_out:
-        reason += f"; without {', '.join(sorted(scores.left_out))}"
-    return [make_check("nodes", scores.metric, found, sums.rows, -config.past_margin, result, reason)]
+        left_out = f"; without {', '.join(sorted(scores.left_out))}"
+        check = msgspec.structs.replace(check, reason=check.reason + left_out)
+    return [check]

@@ -36,6 +36,7 @@ from ratchet.serving.engine import Engine
 from ratchet.serving.faults import Fault, to_fault
 from ratchet.serving.protocol import Model, encode_models, parse_feedback
 
+EVALUATIONS, DRIFT_REPORTS = LINKED = ("/evaluations/", "/monitor/reports/")  # what the page links
 LAST_WORDS_SECONDS = 3.0  # at the shutdown, for cut-off answers to be ended and logged
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -56,6 +57,8 @@ def create_app(root: Path, config: Config, engine: Engine, fleet: Fleet, log: Re
         Route("/readyz", _readiness(parts)),
         Route("/metrics", _metrics(parts)),
         Route("/", _page(parts)),
+        Route(f"{EVALUATIONS}{{name}}", _linked(parts)),
+        Route(f"{DRIFT_REPORTS}{{folder}}/{{name}}", _linked(parts)),
         Route(review.PATH, review.review_page(parts), methods=["GET"]),
         Route(review.PATH, review.review_word(parts), methods=["POST"]),
     ]
@@ -215,6 +218,24 @@ def _page(parts: Parts) -> Endpoint:
     return page
 
 
+def _linked(parts: Parts) -> Endpoint:
+    async def linked(request: Request) -> Response:
+        """Answer with a file that the page links: an evaluation's page, or Evidently's report.
+
+        Evidently's has scripts of its own. The sandbox gives them no origin, so that they can reach no other
+        page of the gateway.
+        """
+        parts.admit(request.headers, "admin")
+        from ratchet.reporting.dashboard import read_linked
+
+        text = await run_in_threadpool(read_linked, parts.root, request.url.path)
+        if text is None:
+            raise HTTPException(404)
+        return HTMLResponse(text, headers={"content-security-policy": "sandbox allow-scripts"})
+
+    return linked
+
+
 # --- errors -------------------------------------------------------------------------------------------------
 
 
@@ -225,7 +246,8 @@ def _handlers(parts: Parts) -> dict[Any, Any]:
         fault = to_fault(error)
         if request.url.path in FORMS:
             parts.meters.refused(fault.status)
-        return _show(fault, asks_browser=request.url.path in ("/", review.PATH))
+        path = request.url.path
+        return _show(fault, asks_browser=path in ("/", review.PATH) or path.startswith(LINKED))
 
     async def refuse_route(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 VERDICTS = Path(".ratchet/monitor/verdicts.jsonl")
+REPORTS = Path(".ratchet/monitor/reports")  # Evidently's, in a folder each
 
 
 class Column(msgspec.Struct, frozen=True):

@@ -37,6 +37,7 @@ from ratchet.pipeline.upstream import follow, offer, publish, put_on_top
 from ratchet.storage.leases import require_held
 
 WORKSPACES = Path(".ratchet/workspaces")
+NAME = re.compile(r"(?P<start>\d{8}T\d{6})[\d.]*-(?P<purpose>.+)-\d+")
 LANDING_TRIES = 5
 # Git's errors if the checkout contains changes, or files unknown to it, that the push would overwrite.
 IN_THE_WAY = re.compile(r"(Working directory has (?:un)?staged changes)")
@@ -87,7 +88,21 @@ def clone(root: Path, purpose: str, say: Say, *options: str, keep_failed: int) -
 
 def failed_workspaces(root: Path) -> list[Path]:
     """List failed workspaces and those whose process was killed, the newest first."""
-    found = [path for path in (root / WORKSPACES).glob("*") if path.is_dir() and not _is_in_use(path)]
+    return _workspaces(root, in_use=False)
+
+
+def running(root: Path) -> list[tuple[str, datetime]]:
+    """List what runs in workspaces of this checkout, the newest first: its purpose and its start in UTC."""
+    names = [NAME.match(path.name) for path in _workspaces(root, in_use=True)]
+    return [
+        (name["purpose"], datetime.strptime(name["start"], "%Y%m%dT%H%M%S").replace(tzinfo=UTC))
+        for name in names
+        if name
+    ]
+
+
+def _workspaces(root: Path, *, in_use: bool) -> list[Path]:
+    found = [path for path in (root / WORKSPACES).glob("*") if path.is_dir() and _is_in_use(path) == in_use]
     return sorted(found, reverse=True)
 
 

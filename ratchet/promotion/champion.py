@@ -135,6 +135,15 @@ def last_entry(root: Path, version: int) -> Champion | None:
     return next((entry for _, entry in _entries(root) if entry.version == version), None)
 
 
+def was_promoted(root: Path, adapter: str, rival: int | None) -> bool:
+    """Return whether that adapter (its sha256) was ever promoted after the comparison with `rival`."""
+    return any(
+        (entry.adapter_sha256, entry.gate.rival) == (adapter, rival)
+        for _, entry in _entries(root)
+        if entry.move == "promote"
+    )
+
+
 def _entries(root: Path) -> Iterator[tuple[str, Champion]]:
     try:
         commits = git(root, "log", "--format=%H", "--diff-filter=AM", "--", FILE).split()

@@ -8,6 +8,7 @@ import msgspec
 
 from ratchet.errors import UserError
 from ratchet.promotion.champion import Champion, Data, GateLine
+from ratchet.promotion.verdict import Verdict
 from ratchet.tracking.mlflow import KEY_TAG
 from ratchet.tracking.registry import Version
 
@@ -68,6 +69,15 @@ def check_gate(version: Version, champion: Champion | None) -> None:
             f"v{version.number} was compared with {named(gate.rival)}, in charge is {named(now)}",
             remedy=f"ratchet retrain --force compares a candidate with today's champion; {overrules}",
         )
+
+
+def is_gate_of(champion: Champion, verdict: Verdict) -> bool:
+    """Return whether the champion took charge by this verdict."""
+    return (champion.adapter_sha256, champion.gate.rival, champion.gate.verdict) == (
+        verdict.candidate.adapter_sha256,
+        verdict.rival.version,
+        verdict.verdict,
+    )
 
 
 def named(version: int | None) -> str:

@@ -16,12 +16,15 @@ from ratchet.files import read_json
 Result = Literal["pass", "fail", "unclear"]
 # A check without such a figure leaves the field out (UNSET); one that could not be measured writes null.
 Figure = float | None | UnsetType
+Needed = int | None | UnsetType
 
 
 class Check(Struct, frozen=True):
     """The result of one rule.
 
-    `mean`, `low` and `high` are an interval, and `wanted` is the bound that it is compared with.
+    `mean`, `low` and `high` are an interval, and `wanted` is the bound that it is compared with. `score` is
+    the candidate's own mean, of which `mean` is the gain. `needed` tells how many more rows would settle an
+    unclear check at this gain; None: no number would.
     """
 
     name: str
@@ -33,6 +36,8 @@ class Check(Struct, frozen=True):
     low: Figure = UNSET
     high: Figure = UNSET
     wanted: Figure = UNSET
+    score: Figure = UNSET
+    needed: Needed = UNSET
 
     @property
     def gain(self) -> tuple[float, float, float] | None:
@@ -121,6 +126,12 @@ class Verdict(Struct, frozen=True):
     def shown_worth(self) -> list[Check]:
         """Return the line on the training's worth where it is shown but is not one of the checks."""
         return [self.worth] if self.worth and all(check.name != "worth" for check in self.checks) else []
+
+
+def tell_rows(needed: int) -> str:
+    """Round up an estimate of rows: two digits are more than it is worth."""
+    digits = 10 ** max(0, len(str(needed)) - 2)
+    return f"{-(-needed // digits) * digits:,}"
 
 
 def read_verdict(path: Path) -> Verdict:

@@ -14,6 +14,7 @@ import msgspec
 
 from ratchet.data.profile import BatchProfile, Counts, Profile
 from ratchet.data.validation import REVIEW
+from ratchet.promotion.plain_words import tell_verdict
 from ratchet.promotion.verdict import Check, Verdict
 from ratchet.reporting.markdown import LABELS, VERDICTS, mark, table_head, table_line
 
@@ -262,6 +263,8 @@ def _verdict(found: Changes, image: str) -> list[str]:
         return ["## What this change does"]
     rival, checks = verdict.rival.told, [*verdict.checks, *verdict.regions]
     lines = [
+        tell_verdict(verdict, quote=inert),
+        "",
         f"## {VERDICTS[verdict.verdict]}",
         "",
         f"The candidate against {rival}, on the same rows.",

@@ -7,11 +7,13 @@ it works while MLflow and Prefect are down. A part that cannot be read shows the
 from __future__ import annotations
 
 import json
+import os
 import time
 from base64 import b64encode
 from collections.abc import Callable
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
+from urllib.parse import quote
 
 import msgspec
 
@@ -23,16 +25,21 @@ from ratchet.media.pictures import shrink
 from ratchet.monitoring.pictures import KeptPictures
 from ratchet.monitoring.request_log import open_log
 from ratchet.monitoring.request_records import Traffic
-from ratchet.monitoring.verdicts import Recorded, read_verdicts
+from ratchet.monitoring.verdicts import REPORTS, Recorded, read_verdicts
 from ratchet.pipeline.checkout import git
 from ratchet.promotion.champion import Champion, read_champion
+from ratchet.promotion.gate_tags import is_gate_of
+from ratchet.promotion.plain_words import tell_verdict
 from ratchet.promotion.rollout import Rollout, read_ended, read_rollout
-from ratchet.promotion.verdict import Check, decode_verdict
+from ratchet.promotion.verdict import Check, decode_verdict, read_verdict
+from ratchet.reporting.evaluation_page import KEPT as PAGES
+from ratchet.reporting.evaluation_page import kept_page
 from ratchet.reporting.retention import OLD_SAVED, SAVED, Retention
 from ratchet.services.status import Move, read_moves
 from ratchet.serving.bundle import ServingState, read_state
 
 T = TypeVar("T")
+HOME = Path(".ratchet")  # the page stands in it, with the files that it links
 THUMBNAIL = 160  # pixels of the longer side
 DAYS = 14  # days of traffic and feedback that are shown
 MOST_VERDICTS, MOST_PROMOTIONS, MOST_ROLLOUTS = 200, 8, 8
@@ -40,18 +47,20 @@ REMEMBERED = ("past", "golden", "region")  # a gate's checks of old rows and of 
 
 
 def write_page(root: Path, config: Config, path: Path) -> Path:
-    write_text(path, render_page(root, config))
+    base = Path(os.path.relpath(root / HOME, path.parent)).as_posix()
+    write_text(path, render_page(root, config, base))
     return path
 
 
-def render_page(root: Path, config: Config) -> str:
+def render_page(root: Path, config: Config, base: str = ".") -> str:
     """Render the dashboard as HTML.
 
-    Texts of users are escaped; halves of surrogate pairs become question marks.
+    Texts of users are escaped; halves of surrogate pairs become question marks. `base` is the path from the
+    page to the folder `.ratchet`, for links; the gateway serves its linked files beside the page.
     """
     from ratchet.reporting.dashboard_view import render
 
-    return render(gather(root, config)).encode("utf-8", "replace").decode()
+    return render(gather(root, config, base)).encode("utf-8", "replace").decode()
 
 
 class Part(NamedTuple, Generic[T]):
@@ -62,12 +71,24 @@ class Part(NamedTuple, Generic[T]):
 
 
 class Kept(NamedTuple):
-    """A promotion's checks of past batches, the golden rows and the topics that had drifted."""
+    """A promotion: why, in one sentence, and its checks of past batches, golden rows and drifted topics.
+
+    `link` leads to the evaluation's page; empty where this checkout has none.
+    """
 
     version: int
     rival: int | None
     checks: list[Check]
     fault: str = ""
+    sentence: str = ""
+    link: str = ""
+
+
+class Newest(NamedTuple):
+    """The newest candidate: its verdict in one sentence, and a link to its evaluation's page or nothing."""
+
+    sentence: str
+    link: str
 
 
 class Page(NamedTuple):
@@ -90,10 +111,12 @@ class Page(NamedTuple):
     ledger: Part[list[Move]]
     table: Part[Retention | None]
     forgetting: Part[list[Kept]]
+    newest: Part[Newest | None]  # where it is not the champion
+    drift_report: str  # link to Evidently's report of the newest verdict; empty without one
     federation: Part[Federation | None]  # where this checkout is a coordinator or a node
 
 
-def gather(root: Path, config: Config) -> Page:
+def gather(root: Path, config: Config, base: str = ".") -> Page:
     now = time.time()
     ledger, champion = _part(lambda: read_moves(root)), _part(lambda: read_champion(root))
     verdicts = _part(lambda: read_verdicts(root, MOST_VERDICTS))
@@ -119,7 +142,9 @@ def gather(root: Path, config: Config) -> Page:
         pictures=_part(lambda: _thumbnails(root, verdicts.found or [])),
         ledger=ledger,
         table=_part(lambda: _table(root)),
-        forgetting=_part(lambda: _forgetting(root, ledger.found or [])),
+        forgetting=_part(lambda: _forgetting(root, ledger.found or [], base)),
+        newest=_part(lambda: _newest(root, champion.found, base)),
+        drift_report=_link_report(root, verdicts.found or [], base),
         federation=_part(lambda: _federation(root)),
     )
 
@@ -182,21 +207,56 @@ def _federation(root: Path) -> Federation | None:
     return found if found.nodes or found.node or found.last else None
 
 
-def _forgetting(root: Path, moves: list[Move]) -> list[Kept]:
+def _newest(root: Path, champion: Champion | None, base: str) -> Newest | None:
+    path = root / "reports/gate.json"
+    verdict = read_verdict(path) if path.exists() else None
+    if verdict is None or (champion and is_gate_of(champion, verdict)):
+        return None
+    return Newest(tell_verdict(verdict), _link(root, kept_page(verdict), base))
+
+
+def _link_report(root: Path, verdicts: list[Recorded], base: str) -> str:
+    """Link Evidently's report of the newest verdict, which is a folder of this checkout."""
+    found = verdicts[-1].report if verdicts else None
+    return _link(root, Path(found) / "report.html", base) if found and is_linked(Path(found)) else ""
+
+
+def is_linked(folder: Path) -> bool:
+    """Return whether the page may link that folder's pages, and the gateway may serve them."""
+    return folder == PAGES or (folder.parent == REPORTS and folder.name not in (".", ".."))
+
+
+def read_linked(root: Path, asked: str) -> str | None:
+    """Return a file that the page links, by its path at the gateway; None where there is none."""
+    path = HOME / asked.lstrip("/")
+    if path.suffix != ".html" or not is_linked(path.parent) or not (root / path).is_file():
+        return None
+    return (root / path).read_text(encoding="utf-8")
+
+
+def _link(root: Path, path: Path, base: str) -> str:
+    """Return a relative link to a file under `.ratchet`; empty where it does not exist."""
+    if not (root / path).is_file():
+        return ""
+    return quote((Path(base) / path.relative_to(HOME)).as_posix())
+
+
+def _forgetting(root: Path, moves: list[Move], base: str) -> list[Kept]:
     """Return what each of the newest promotions kept.
 
     A version that returned is listed once, since its gate is the same.
     """
     promotions = {move.to: move for move in reversed(moves) if move.move == "promote"}
     newest = sorted(promotions.values(), key=lambda move: -move.to)[:MOST_PROMOTIONS]
-    return [_kept(root, move) for move in newest]
+    return [_kept(root, move, base) for move in newest]
 
 
-def _kept(root: Path, move: Move) -> Kept:
+def _kept(root: Path, move: Move, base: str) -> Kept:
     try:
         gate = decode_verdict(json.loads(git(root, "show", f"{move.model_commit}:reports/gate.json")))
     except (RatchetError, ValueError):
         why = f"reports/gate.json cannot be read at {move.model_commit[:8]}"
         return Kept(move.to, move.gate.rival, [], f"{why} (git fetch --unshallow, if the history is cut off)")
     checks = [check for check in [*gate.checks, *gate.regions] if check.name.partition(":")[0] in REMEMBERED]
-    return Kept(move.to, move.gate.rival, checks)
+    sentence, link = tell_verdict(gate, promoted=True), _link(root, kept_page(gate), base)
+    return Kept(move.to, move.gate.rival, checks, sentence=sentence, link=link)

@@ -1,10 +1,12 @@
 """Make the page of one evaluation: one HTML file without scripts and without anything from outside.
 
-It is beside the run in MLflow, and `ratchet gate explain` writes it.
+It is beside the run in MLflow, and `ratchet gate explain` writes it. The pages that a checkout keeps are
+linked by the project's page.
 """
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +24,7 @@ from ratchet.files import write_text
 from ratchet.media.names import in_words
 from ratchet.pipeline.checkout import git
 from ratchet.pipeline.workspace import get_output
+from ratchet.promotion.plain_words import tell_verdict
 from ratchet.promotion.verdict import Check, Verdict, read_verdict
 from ratchet.reporting.charts import Line, Tick, nice_top
 from ratchet.reporting.dashboard_view import draw_checks, environment, word_of
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
 LOSSES = ("train_loss", "validation_loss")
 PARTS = ("test", "golden")
 MOST_ROWS = 20
+KEPT = Path(".ratchet/evaluations")
+MOST_KEPT = 200  # pages; each has some 100 KB
 
 
 Cells = list[Interval | None]  # one per model
@@ -65,6 +70,11 @@ class Evaluated(msgspec.Struct, frozen=True):
     curve: list[Point]
     retention: Retention | None
     rounds: list[Round]  # of a federation
+    promoted: bool = False  # whether the version was ever in charge, as far as it was known then
+
+    @property
+    def sentence(self) -> str:
+        return tell_verdict(self.decision, promoted=self.promoted)
 
     @property
     def metric(self) -> str:
@@ -94,6 +104,7 @@ class Evaluated(msgspec.Struct, frozen=True):
         metrics = self.metrics.to_json()
         return {
             **msgspec.to_builtins(self),
+            "sentence": self.sentence,
             "metrics": metrics,
             "metric": self.metric,
             "models": self.models,
@@ -107,6 +118,22 @@ class Evaluated(msgspec.Struct, frozen=True):
 def write_evaluation_page(path: Path, found: Evaluated) -> Path:
     write_text(path, render_evaluation(found))
     return path
+
+
+def keep_page(root: Path, found: Evaluated) -> Path:
+    """Write the page where the project's page links it; the oldest pages make room."""
+    path = write_evaluation_page(root / kept_page(found.decision), found)
+    pages = sorted((root / KEPT).glob("*.html"), key=lambda page: page.stat().st_mtime)
+    for old in pages[:-MOST_KEPT]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def kept_page(verdict: Verdict) -> Path:
+    """Return the place of the page in the checkout: one for each candidate and rival."""
+    candidate = re.sub(r"[^0-9a-f]", "", verdict.candidate.adapter_sha256)[:12]
+    rival = verdict.rival.version
+    return KEPT / f"{candidate}-against-{'base' if rival is None else f'v{rival}'}.html"
 
 
 def render_evaluation(found: Evaluated) -> str:

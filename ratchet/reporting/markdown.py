@@ -1,6 +1,7 @@
 """Render, as Markdown, what a person decides from.
 
-It is the table of candidate, champion and base with intervals, and the gate's reasons.
+It is the verdict in one sentence, then the gate's reasons, and the table of candidate, champion and base with
+intervals.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from ratchet.evaluation.report import (
 )
 from ratchet.evaluation.statistics import Estimate, Interval
 from ratchet.monitoring.verdicts import Picture, Recorded
+from ratchet.promotion.plain_words import tell_verdict
 from ratchet.promotion.rollout import Rollout
 from ratchet.promotion.verdict import Check, Verdict
 
@@ -62,6 +64,8 @@ def model_card(metrics: Metrics, verdict: Verdict, facts: dict[str, str]) -> str
         f"v{rival}, the champion" if rival is not None else "the untouched base (there is no champion yet)"
     )
     lines = [
+        tell_verdict(verdict, quote=_plain),
+        "",
         f"## {VERDICTS[verdict.verdict]}",
         "",
         f"Compared with {against}, on the same rows in the same run.",

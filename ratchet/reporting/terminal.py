@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ratchet.tracking.curve import Point
 
 MOST_POINTS = 12  # of the curve that are printed
+MOST_SENTENCE = 400  # characters
 
 
 def print_evaluation(found: Evaluated) -> None:
@@ -25,6 +26,7 @@ def print_evaluation(found: Evaluated) -> None:
 
     console, decision, models = Console(), found.decision, found.models
     rival = decision.rival.told
+    console.print(_text(found.sentence, MOST_SENTENCE))
     console.print(Text(f"{found.name} against {rival}: {VERDICTS[decision.verdict]}", style="bold"))
     if decision.candidate.trained_by:
         console.print(Text(f"  trained by {decision.candidate.trained_by}"))

@@ -113,8 +113,8 @@ def _read_rollout(root: Path) -> tuple[Rollout | None, str]:
         return None, str(error).splitlines()[0]
 
 
-def describe(found: Status) -> list[str]:
-    """Describe the status, one or a few lines per part of the loop."""
+def describe(found: Status, sentence: str = "") -> list[str]:
+    """Describe the status, one or a few lines per part of the loop; `sentence` says the last verdict."""
     champion, gate, data = found.champion, found.gate, found.data
     lines = [f"project    {found.project} (promotion: {found.promotion})"]
     lines.append(
@@ -124,7 +124,7 @@ def describe(found: Status) -> list[str]:
     )
     if gate:
         lines.append(f"last gate  {gate.verdict}, against {named(gate.rival.version)}")
-        lines += [f"           {reason}" for reason in gate.reasons]
+        lines += [f"           {reason}" for reason in [*([sentence] if sentence else []), *gate.reasons]]
     if data.batches:
         since = f"{len(data.new)} of them came since the champion: ratchet retrain"
         since = since if data.new else "nothing new since the champion"
@@ -134,11 +134,11 @@ def describe(found: Status) -> list[str]:
     if found.fault:
         lines.append(f"rollout    unknown: {found.fault}")
     if found.rollout:
-        lines += _headed("rollout", rollout_lines(found.rollout))
+        lines += headed("rollout", rollout_lines(found.rollout))
     refused = found.serving.refused if found.serving else {}
     lines += [f"refused    {version} by the gateway: {why}" for version, why in refused.items()]
     if found.drift:
-        lines += _headed("drift", verdict_lines(found.drift))
+        lines += headed("drift", verdict_lines(found.drift))
     lines += [f"{name:10} {_service_line(service)}" for name, service in found.services.items()]
     return lines + [f"left over  .ratchet/workspaces/{name} (a run that failed)" for name in found.left]
 
@@ -159,7 +159,7 @@ def _service_line(service: Answering) -> str:
     return "not running: ratchet up"
 
 
-def _headed(head: str, lines: list[str]) -> list[str]:
+def headed(head: str, lines: list[str]) -> list[str]:
     return [f"{head if not number else '':10} {line}" for number, line in enumerate(lines)]
 
 

@@ -306,8 +306,10 @@ def test_a_folder_without_git_is_refused(tmp_path):
 
 def test_the_status_of_a_fresh_checkout_says_what_to_do_next(root, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # MLflow sets it in the process of other tests
-    done = ratchet("-C", root, "status")
-    assert done.returncode == 0
+    done, short = ratchet("-C", root, "status", "--all"), ratchet("-C", root, "status")
+    assert done.returncode == short.returncode == 0
+    assert "ratchet ingest" in short.stdout and "ratchet up" in short.stdout
+    assert len(short.stdout.splitlines()) < 15 and short.stdout.endswith("ratchet status --all\n")
     for words in (
         "project    small (promotion: rollout)",
         "champion   none yet",
@@ -316,7 +318,7 @@ def test_the_status_of_a_fresh_checkout_says_what_to_do_next(root, monkeypatch):
         "prefect    not running: ratchet up",
     ):
         assert words in done.stdout
-    assert done.stderr == ""
+    assert done.stderr == short.stderr == ""
 
 
 def test_status_and_history_are_json_on_request(root):
@@ -362,7 +364,7 @@ def test_status_and_history_are_json_on_request(root):
         1,
         git(root, "rev-parse", "HEAD").strip(),
     )
-    text = ratchet("-C", root, "status").stdout
+    text = ratchet("-C", root, "status", "--all").stdout
     assert "champion   v1 since 2026-01-02T03:04:05Z, by Ana: first" in text
     assert "last gate  promote, against the base" in text
     assert "left over  .ratchet/workspaces/20260101T000000-retrain-1-failed" in text

@@ -154,9 +154,18 @@ def test_a_candidate_that_is_clearly_better_is_promoted(bench):
         "parity",
     } <= set(names)
     assert {check["result"] for check in decision["checks"]} == {"pass"}
+    assert not [check for check in decision["checks"] if "needed" in check], "nothing is open"
     assert len(decision["reasons"]) == len(names) == len(set(names)), "a reason for each check"
     assert decision["rival"] == {"model": "champion", "version": 7}
     assert decision["candidate"] == {"run_key": "key", "adapter_sha256": "sha"}
+
+
+def test_the_success_check_tells_the_score_before_and_after(bench):
+    table = scores(BETTER)
+    success = bench.judge(table)["checks"][0]
+    means = table[table.batch != "golden"].groupby("model").exact_match.mean()
+    assert success["score"] == pytest.approx(means.candidate)
+    assert success["score"] - success["mean"] == pytest.approx(means.champion)
 
 
 def test_the_decision_is_written_as_it_is_returned(bench):
@@ -183,6 +192,9 @@ def test_a_gain_that_the_rows_cannot_tell_from_nothing_is_uncertain(bench):
     decision = bench.judge(scores({**EQUAL, "candidate": 0.615}, seed=3))
     assert decision["verdict"] == "uncertain"
     assert "may be better than the champion's, but these rows cannot tell: gain" in decision["reasons"][0]
+    success = decision["checks"][0]
+    found = Interval(success["mean"], success["low"], success["high"])
+    assert success["needed"] == rows_needed(found, 0.0, success["rows"]) - success["rows"] > 0
 
 
 def test_too_few_rows_are_uncertain_however_good_they_look(bench):
@@ -190,6 +202,7 @@ def test_too_few_rows_are_uncertain_however_good_they_look(bench):
     assert decision["verdict"] == "uncertain"
     [reason] = decision["reasons"]
     assert all(word in reason for word in ("120", "gate.min_rows", "200"))
+    assert decision["checks"][0]["needed"] == 80
 
 
 def test_golden_rows_do_not_count_as_test_rows(bench):
@@ -1069,6 +1082,7 @@ def test_an_unclear_guardrail_says_how_many_rows_would_decide() -> None:
     told = int(check.reason.partition("; about ")[2].partition(" rows")[0].replace(",", ""))
     needed = rows_needed(interval_of(gains, config), 0.05, len(gains))
     assert needed is not None and needed <= told <= 1.1 * needed
+    assert check.needed == needed - len(gains)
     times = math.ceil(told / len(gains))
     assert (
         no_worse("past", np.tile(gains, 2 * times), "champion", "exact_match", 0.05, config).result == "pass"
@@ -1080,6 +1094,6 @@ def test_an_unclear_guardrail_says_how_many_rows_would_decide() -> None:
 def test_no_number_of_rows_shows_a_gain_that_is_under_the_margin() -> None:
     gains = np.array([1.0] * 4 + [-1.0] * 14 + [0.0] * 100)
     check = no_worse("past", gains, "champion", "exact_match", 0.05, GateConfig(resamples=2000))
-    assert check.result == "unclear" and "no number of rows" in check.reason
+    assert check.result == "unclear" and "no number of rows" in check.reason and check.needed is None
     assert rows_needed(Interval(-0.08, -0.2, 0.04), 0.05, 100) is None
     assert rows_needed(Interval(-0.03, -0.09, 0.03), 0.05, 134) == 1206

@@ -19,6 +19,7 @@ from small_checkout import add, commit_batches, make, make_checkout, row
 from ratchet.data.profile import BatchProfile, Counts, Profile
 from ratchet.files import write_bytes, write_json
 from ratchet.pipeline.checkout import git
+from ratchet.promotion.plain_words import tell_verdict
 from ratchet.promotion.verdict import Candidate, Check, Rival, Verdict
 from ratchet.reporting.changes import MARKER, MOST_CHARACTERS, Changes, Cost, Side, inert, render_changes
 from ratchet.reporting.forest import FOREST, draw_forest
@@ -270,6 +271,7 @@ def test_a_new_verdict_comes_first_with_its_image(branch):
         "-C", branch, "changes", "--since", "main", "--image", "https://here.example/{path}?raw=true"
     )
     page = render(done.stdout)
-    assert done.stdout.splitlines()[1] == "## ✅ promote", done.stderr
+    first, _, heading = done.stdout.splitlines()[1:4]
+    assert (first, heading) == (tell_verdict(verdict), "## ✅ promote"), done.stderr
     assert page.addresses == ["https://here.example/reports/gate.png?raw=true"]
     assert "+0.200 [+0.100, +0.300]" in page.words

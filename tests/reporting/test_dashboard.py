@@ -9,23 +9,24 @@ import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import msgspec
 import pytest
-from busy import CONFIG, HOSTILE, make_busy
+from busy import CONFIG, HOSTILE, REPORT, check, make_busy
 from PIL import Image
 from places import make_repository, use_git_without_a_user, use_no_mlflow, write_files
 
 from ratchet.config.params import Config
 from ratchet.federation.link.flower import FOLDER
 from ratchet.federation.records import NODE, OWN_SCORES, SETTINGS, TOOK_PART, Done, Node, OwnScores
-from ratchet.files import write_json
+from ratchet.files import read_json, write_json
 from ratchet.monitoring.request_log import URL_VARIABLE
 from ratchet.monitoring.verdicts import VERDICTS, seconds_of
 from ratchet.promotion.rollout import FILE as ROLLOUT
 from ratchet.promotion.rollout import read_rollout, write_rollout
 from ratchet.reporting.charts import intervals, lines, make_slots, nice_top, p_height, stack
-from ratchet.reporting.dashboard import Part, gather, render_page, write_page
+from ratchet.reporting.dashboard import Part, gather, read_linked, render_page, write_page
 from ratchet.reporting.retention import OLD_SAVED, SAVED
 
 
@@ -164,6 +165,72 @@ def test_it_is_written_whole_where_it_is_wanted(busy: Path, tmp_path: Path) -> N
     )
 
 
+def links(page: str) -> list[str]:
+    return [attributes["href"] or "" for tag, attributes in Reader(page).tags if tag == "a"]
+
+
+EVALUATION = "evaluations/aaaaaaaaaaaa-against-v2.html"
+
+
+@pytest.mark.parametrize("place", [".ratchet/report.html", "../elsewhere/a b/report.html", "report.html"])
+def test_the_page_links_what_lies_in_the_checkout_wherever_it_is_written(busy: Path, place: str) -> None:
+    path = write_page(busy, CONFIG, busy / place)
+    found = {(path.parent / unquote(link)).resolve() for link in links(path.read_text(encoding="utf-8"))}
+
+    assert found == {
+        (busy / ".ratchet" / EVALUATION).resolve(),
+        (busy / REPORT / "report.html").resolve(),
+    }
+    assert all(target.is_file() for target in found)
+
+
+def test_what_this_checkout_does_not_have_is_not_linked(busy: Path) -> None:
+    shutil.rmtree(busy / ".ratchet/evaluations")
+    shutil.rmtree(busy / ".ratchet/monitor/reports")
+
+    assert links(render_page(busy, CONFIG)) == []
+
+
+def test_why_the_champion_was_promoted_is_said_first_and_of_each_promotion(busy: Path) -> None:
+    words = Reader(render_page(busy, CONFIG)).words
+
+    told = "Promoted: every check passed. Its evaluation"
+    assert words.index("v3 is in charge") < words.index(told) < words.index("since")
+    assert words.count("Promoted: every check passed.") == 4, "of the champion, then of each of three"
+    assert "The newest candidate." not in words, "it is the champion"
+
+
+def test_the_newest_candidate_is_told_where_it_is_not_the_champion(busy: Path) -> None:
+    gate = read_json(busy / "reports/gate.json") | {
+        "verdict": "reject",
+        "rival": {"model": "champion", "version": 3},
+        "checks": [check("golden", -0.06, -0.08, -0.04, -0.02, "fail")],
+    }
+    write_json(busy / "reports/gate.json", gate)
+
+    told = "Kept the champion (v3): the candidate lost 6 points on the golden questions."
+    assert f"The newest candidate. {told}" in Reader(render_page(busy, CONFIG)).words
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "/keys.json",
+        "/evaluations/../keys.json",
+        "/evaluations/../keys.html",
+        "/monitor/reports/../report.html",
+        "/monitor/reports/none/report.html",
+        "/evaluations/none.html",
+    ],
+)
+def test_nothing_but_linked_pages_is_served(busy: Path, asked: str) -> None:
+    write_files(busy, {".ratchet/keys.json": "secret", ".ratchet/keys.html": "secret"})
+    write_files(busy, {".ratchet/monitor/report.html": "secret"})
+
+    assert read_linked(busy, asked) is None
+    assert "what it saw" in (read_linked(busy, "/monitor/reports/20260101T000000Z/report.html") or "")
+
+
 def test_it_shows_a_federation_where_there_is_one(busy: Path) -> None:
     assert "Training together" not in Reader(render_page(busy, CONFIG)).words
     part = {"name": "north", "rows": 62, "steps": 4, "seconds": 1.0, "train_loss": 2.5, "epsilon": 3.2}
@@ -227,8 +294,9 @@ def test_nothing_is_fetched_from_anywhere(busy: Path) -> None:
         if name in ("src", "href", "action", "data", "srcset")
     ]
 
-    assert targets[0] == "data:," and len(targets) == 3
-    assert all(str(target).startswith("data:image/jpeg;base64,") for target in targets[1:])
+    fetched = [target for target in targets if target not in links(page)]
+    assert fetched[0] == "data:," and len(fetched) == 3
+    assert all(str(target).startswith("data:image/jpeg;base64,") for target in fetched[1:])
     assert "@import" not in page and "url(" not in page and "default-src 'none'" in page
 
 

@@ -5,16 +5,21 @@ both schemes.
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
-from busy import CONFIG, make_busy
+from busy import CONFIG, REPORT, make_busy
 from contrast import CONTRAST
 from evaluation_reports import RETENTION, make_reports
+from patience import scaled
 from places import make_repository, use_git_without_a_user
+from served import running_gateway
 
+from ratchet.gateway.auth import add_key
 from ratchet.reporting.dashboard import write_page
 from ratchet.reporting.evaluation_page import gather, write_evaluation_page
 
@@ -82,6 +87,7 @@ def test_nothing_is_fetched_and_nothing_is_complained_about(
     assert seen.said == []
 
 
+EVALUATION = "evaluations/aaaaaaaaaaaa-against-v2.html"
 THUMBNAIL = "data:image/jpeg;base64,"  # how the page shows a kept picture
 
 
@@ -135,10 +141,11 @@ def test_all_marks_stand_out_in_both_schemes(look: Any, scheme: str) -> None:
     assert {pair: round(contrast(*pair), 2) for pair in pairs if contrast(*pair) < 3} == {}
 
 
-def test_an_evaluation_begins_with_its_verdict_and_reasons(look: Any) -> None:
+def test_an_evaluation_begins_with_one_sentence(look: Any) -> None:
     page = look("evaluation", "phone").page
 
-    assert page.get_by_role("heading", level=1).inner_text() == "Reject"
+    sentence = page.get_by_role("heading", level=1).inner_text()
+    assert sentence.startswith("Kept the champion (v1): the candidate lost 20 points on what batch ")
     assert page.get_by_role("heading", level=1).bounding_box()["y"] < 300
     assert page.get_by_role("heading", level=2).all_inner_texts() == [
         "Every check",
@@ -159,6 +166,55 @@ def test_rows_that_moved_stand_side_by_side_and_their_words_do_nothing(look: Any
     assert [better.locator("th").nth(place).inner_text() for place in (1, 2)] == ["v1", "v3"]
     assert page.title() == "v3: reject" and page.locator("script, img").count() == 0
     assert page.get_by_text("<script>").count() >= 20
+
+
+def test_its_links_open_the_evaluation_and_evidentlys_report_from_the_file(look: Any) -> None:
+    seen = look("busy")
+
+    seen.page.get_by_role("link", name="Its evaluation").first.click()
+    assert seen.page.title() == "v3: reject" and seen.page.get_by_text("Every check").is_visible()
+    seen.page.go_back()
+    seen.page.get_by_role("link", name="Evidently's report").click()
+    assert seen.page.title() == "Evidently" and seen.page.get_by_text("what it saw").is_visible()
+    assert seen.said == []
+
+
+def test_its_links_open_where_the_gateway_serves_it_and_evidentlys_scripts_reach_nothing(
+    browser: Any, tmp_path: Path
+) -> None:
+    root = make_busy(tmp_path / "busy")
+    write_evidently(root / REPORT / "report.html")
+    with running_gateway(root, version=None) as gateway:
+        key = add_key(root, "Ana", ["admin"])
+        for path in ("/", f"/{EVALUATION}", "/monitor/reports/20260101T000000Z/report.html"):
+            refused = gateway.get(path)
+            assert refused.status_code == 401 and "Basic" in refused.headers["www-authenticate"]
+        assert gateway.get("/evaluations/none.html", auth=("", key)).status_code == 404
+        context = browser.new_context(http_credentials={"username": "", "password": key})
+        page = context.new_page()
+        page.goto(f"{gateway.url}/")
+        page.get_by_role("link", name="Its evaluation").first.click()
+        assert page.url == f"{gateway.url}/{EVALUATION}" and page.title() == "v3: reject"
+        page.go_back()
+        said: list[str] = []
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.get_by_role("link", name="Evidently's report").click()
+        page.get_by_text("Dataset Drift").first.wait_for(timeout=scaled(20_000))
+        assert said == []
+        assert page.evaluate("window.origin") == "null"
+        context.close()
+
+
+def write_evidently(path: Path) -> None:
+    """Write a report as the monitor does, of two columns."""
+    rows = pd.DataFrame({"characters": range(40), "words": range(40)}, dtype=float)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Evidently's dependencies
+        from evidently import DataDefinition, Dataset, Report
+        from evidently.presets import DataDriftPreset, DataSummaryPreset
+
+        side = Dataset.from_pandas(rows, data_definition=DataDefinition(numerical_columns=list(rows)))
+        Report([DataDriftPreset(), DataSummaryPreset()]).run(side, side).save_html(str(path))
 
 
 def test_retention_has_a_cell_for_every_version_and_slice_in_shades_that_differ(look: Any) -> None:

@@ -5,6 +5,7 @@ do anything.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from html import unescape
@@ -17,7 +18,9 @@ from evaluation_reports import BATCHES, HOSTILE, RETENTION, make_reports
 from ratchet.errors import RatchetError
 from ratchet.federation.records import Part, Round
 from ratchet.files import read_json, write_json
-from ratchet.reporting.evaluation_page import gather, render_evaluation
+from ratchet.promotion.verdict import Candidate, Rival
+from ratchet.reporting import evaluation_page
+from ratchet.reporting.evaluation_page import gather, keep_page, render_evaluation
 from ratchet.reporting.terminal import print_evaluation
 
 
@@ -57,8 +60,9 @@ def test_without_a_verdict_there_is_no_page(tmp_path):
 def test_the_page_says_everything_in_order_and_escapes_it(reports):
     page = render_evaluation(gather(reports, "v3", RETENTION))
     headings = [unescape(text) for text in re.findall(r"<h[12][^>]*>(.*?)</h", page)]
-    assert headings == [
-        "Reject",
+    assert "the candidate lost 20 points on what batch 20260201T000000Z-<script>" in headings[0]
+    assert headings[0].startswith("Kept the champion (v1): ") and "\u202e" not in headings[0]
+    assert headings[1:] == [
         "Every check",
         "Figures",
         "Slices",
@@ -93,6 +97,7 @@ def test_the_terminal_says_the_same(reports, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "240")
     print_evaluation(gather(reports, "v3", RETENTION))
     said = capsys.readouterr().out
+    assert said.startswith("Kept the champion (v1): the candidate lost 20 points on what batch ")
     for part in (
         "v3 against v1: ❌ reject",
         "✗ past:",
@@ -119,7 +124,30 @@ def test_the_terminal_says_the_same(reports, capsys, monkeypatch):
 def test_what_is_gathered_is_json(reports):
     found = json.loads(json.dumps(gather(reports, "v3", RETENTION).to_json()))
     assert found["retention"]["slices"][:2] == list(BATCHES)
+    assert found["sentence"].startswith("Kept the champion (v1): ")
     assert HOSTILE in found["better"][0]["question"]
+
+
+def test_a_version_that_was_forced_says_so(reports):
+    found = msgspec.structs.replace(gather(reports, "v3"), promoted=True)
+    assert "Promoted although the candidate lost 20 points" in render_evaluation(found)
+
+
+def test_the_page_is_kept_by_candidate_and_rival_and_the_oldest_make_room(tmp_path, reports, monkeypatch):
+    monkeypatch.setattr(evaluation_page, "MOST_KEPT", 2)
+    found, kept = gather(reports, "v3"), []
+    for number, rival in enumerate((1, None, 7)):
+        against = Rival("base" if rival is None else "champion", rival)
+        judged = msgspec.structs.replace(found.decision, rival=against)
+        kept.append(keep_page(tmp_path, msgspec.structs.replace(found, decision=judged)))
+        os.utime(kept[-1], (number, number))
+    assert [path.name for path in kept[1:]] == [
+        "aaaaaaaaaaaa-against-base.html",
+        "aaaaaaaaaaaa-against-v7.html",
+    ]
+    assert sorted((tmp_path / evaluation_page.KEPT).iterdir()) == sorted(kept[1:])
+    odd = msgspec.structs.replace(found.decision, candidate=Candidate("key", "../../../etc/passwd"))
+    assert evaluation_page.kept_page(odd).parent == evaluation_page.KEPT
 
 
 def test_the_rounds_of_a_federation_are_shown(tmp_path, reports, capsys):

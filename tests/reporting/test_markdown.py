@@ -11,6 +11,7 @@ from cmarkgfm.cmark import Options
 
 from ratchet.evaluation.report import Metrics, decode_metrics
 from ratchet.monitoring.verdicts import Recorded, Topic
+from ratchet.promotion.plain_words import tell_verdict
 from ratchet.promotion.verdict import Candidate, Check, Rival, Verdict
 from ratchet.reporting.markdown import LABELS, drift_card, model_card
 from ratchet.reporting.markdown import table as show_table
@@ -88,9 +89,10 @@ def cells(line: str) -> list[str]:
 
 
 @pytest.mark.parametrize("verdict", ["promote", "reject", "uncertain"])
-def test_the_card_begins_with_the_verdict_and_its_rival(verdict):
+def test_the_card_begins_with_one_sentence_then_the_verdict_and_its_rival(verdict):
     text = card(verdict=verdict)
-    assert verdict in text.splitlines()[0]
+    first, _, heading = text.splitlines()[:3]
+    assert first == tell_verdict(verdict_of(verdict)) and verdict in heading
     assert "Compared with v7, the champion" in text
     assert "the untouched base (there is no champion yet)" in card(rival=None)
 
@@ -218,7 +220,8 @@ def test_what_users_wrote_cannot_begin_markup_in_the_cards():
     """GitHub's parser renders both cards, with HTML left in: only our own elements may come out."""
     hostile = "<img src=x> ![a](b) **c** | `d` <!-- e\n\n# f"
     region = Check("region:x", "exact_match", 9, "pass", f"drifted topic {hostile}: better")
-    shown = model_card(metrics_of({"test": MODELS}), verdict_of(regions=[region]), {})
+    lost = Check(f"past:{hostile}", "exact_match", 9, "fail", "worse", -0.5, -0.6, -0.4)
+    shown = model_card(metrics_of({"test": MODELS}), verdict_of(checks=[lost], regions=[region]), {})
     topic = Topic(hostile, share=0.2, reference_share=0.1, examples=[hostile])
     drifted = drift_card(Recorded(at=0, verdict="drift", rows=9, topics=[topic]))
     for text in (shown, drifted):

@@ -31,6 +31,7 @@ from ratchet.files import read_json, write_bytes, write_json
 from ratchet.models.loading import adapter_sha256
 from ratchet.pipeline.checkout import dvc
 from ratchet.promotion.champion import Champion, write_champion
+from ratchet.reporting.evaluation_page import KEPT
 from ratchet.reporting.heatmap import draw
 from ratchet.reporting.retention import CACHE, SAVED, Cell, Retention, build, numbers_of, read_evaluations
 from tasks.evaluate import evaluate
@@ -311,6 +312,11 @@ def test_explain_finds_a_version_by_its_number_and_writes_its_page(made, monkeyp
     page = (tmp_path / "page.html").read_text()
     assert "<title>v1: promote</title>" in page
     assert page.count("not asked") == 1
+    assert "Promoted: agreement with the wanted words rose on 9 test rows." in page
+    [kept] = (made.root / KEPT).glob("*.html")
+    assert kept.read_text() == page
+    told = CliRunner().invoke(app, ["-C", str(made.root), "gate", "explain", "v1"]).stdout
+    assert told.startswith("Promoted: agreement with the wanted words rose on 9 test rows.")
     unknown = CliRunner().invoke(app, ["-C", str(made.root), "gate", "explain", "v9"])
     assert all(word in str(unknown.exception) for word in ("v9", "v1, v3"))
 

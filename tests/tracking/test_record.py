@@ -17,7 +17,9 @@ from ratchet.config.data import ProjectConfig
 from ratchet.config.params import Config
 from ratchet.errors import RatchetError, ServiceError
 from ratchet.files import write_json
+from ratchet.promotion.plain_words import tell_verdict
 from ratchet.promotion.verdict import Candidate, Check, Rival, Verdict
+from ratchet.reporting.evaluation_page import gather
 from ratchet.tracking.mlflow import KEY_TAG, find_or_create_run, mlflow_client
 from ratchet.tracking.registry import get_version, list_versions
 from tasks.record import (
@@ -209,14 +211,19 @@ def test_the_evaluations_page_and_the_retention_table_stand_beside_the_run(folde
     found = read_findings(folder)
     run_id = record(found, CONFIG, commit=COMMIT, reason="by hand")
     for _ in range(2):
-        record_page(found, RETENTION, run_id=run_id, name="v3")
+        record_page(found, gather(folder, "v3", RETENTION), RETENTION, run_id=run_id)
     assert {"reports/evaluation.html", "reports/retention.json", "figures/retention.png"} <= set(
         everything(run_id)["artifacts"]
     )
     page = Path(
         mlflow_client().download_artifacts(run_id, "reports/evaluation.html", str(folder.parent))
     ).read_text(encoding="utf-8")
-    assert page.index("Reject") < page.index(">Retention<") < page.index("Rows that got better")
+    assert (
+        page.index("Kept the champion (v1): ")
+        < page.index("Every check")
+        < page.index(">Retention<")
+        < page.index("Rows that got better")
+    )
 
 
 def test_the_run_that_the_training_opened_is_the_one_that_is_completed(folder):
@@ -323,6 +330,7 @@ def test_registering_twice_makes_one_version_and_a_new_verdict_is_told(folder):
     assert [version.number for version in list_versions("small")] == [1]
     assert again.tags["verdict"] == "uncertain"
     assert "uncertain" in get_version("small", 1).description
+    assert get_version("small", 1).description.startswith(tell_verdict(read_findings(folder).decision))
 
 
 def test_too_few_rows_leave_the_ledgers_figures_open(folder):
