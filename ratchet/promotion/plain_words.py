@@ -226,7 +226,10 @@ def _whether(check: Check, verdict: Verdict, quote: Quote) -> str:
 
 def _tell_success(check: Check, verdict: Verdict, quote: Quote) -> str:
     """Say how the success metric moved, and against what, if that is not the champion."""
-    name, rows, mean = _metric(check, quote), f"on {check.rows:,} test rows", _mean(check)
+    name, mean = _metric(check, quote), _mean(check)
+    rows = f"on {check.rows:,} test rows"
+    if verdict.rival.version is None and not (mean and _is_share(check) and isinstance(check.score, float)):
+        rows += ", compared with the untouched base"
     if not check.gain:
         return f"{name} {'rose' if check.result == 'pass' else 'did not rise'} {rows}"
     if mean == 0:

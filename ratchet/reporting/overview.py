@@ -248,11 +248,14 @@ def _last_gate(found: Status, sentence: str) -> list[Line]:
 def _drift(found: Recorded | None) -> list[Line]:
     if not found:
         return []
+    told = f"{found.verdict} on {found.rows} requests to v{found.version}"
+    if found.verdict != "drift":
+        return [Line("drift", told)]
     topics = f", in {'; '.join(topic.name for topic in found.topics)}" if found.topics else ""
     decision = found.decision
     against = f": {decision.against[0]}" if decision.against else ""
     so = "a retraining is worth it" if decision.retrain else f"no retraining{against}"
-    return [Line("drift", f"{found.verdict} on {found.rows} requests to v{found.version}{topics}; so {so}")]
+    return [Line("drift", f"{told}{topics}; so {so}")]
 
 
 def _data(found: Status) -> list[Line]:
@@ -261,9 +264,9 @@ def _data(found: Status) -> list[Line]:
         return [Line("data", "no batch in this checkout yet: ratchet ingest --path FILE")]
     new = f"{len(data.new)} of them came since the champion: ratchet retrain"
     since = new if data.new else "nothing new since the champion"
-    return [Line("data", f"{data.rows:,} rows in {data.batches} batches; {since}")]
+    return [Line("data", f"{data.rows:,} rows in {data.batches} batch{'es' * (data.batches > 1)}; {since}")]
 
 
 def _services(found: Status) -> list[Line]:
     answer = [f"{name} {one.url}" for name, one in found.services.items() if one.answers and one.url]
-    return [Line("answer", ", ".join(answer))] if answer else []
+    return [Line("services", ", ".join(answer))] if answer else []

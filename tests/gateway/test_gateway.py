@@ -14,6 +14,7 @@ import openai
 import pytest
 from media_models import name_of, picture, sound
 from patience import scaled
+from places import write_files
 from served import Gateway, open_rollout, running_gateway, wait_for, wait_until_served
 
 from ratchet.data.examples import MEDIA_MARK
@@ -772,6 +773,29 @@ def test_more_than_the_queue_takes_is_429_and_the_rest_is_answered(tmp_path):
 
     assert sorted(answer.status_code for answer in answers) == [200] * 4 + [429] * 4
     assert all("retry-after" in answer.headers for answer in answers if answer.status_code == 429)
+
+
+def test_the_pages_that_the_page_links_are_served_apart_from_it_and_nothing_else_is(gateway):
+    write_files(
+        gateway.root,
+        {
+            ".ratchet/evaluations/made.html": "<title>v1: promote</title>",
+            ".ratchet/monitor/reports/made/report.html": "<title>Evidently</title>",
+            ".ratchet/monitor/reports/made/report.json": "{}",
+        },
+    )
+    for path, title in (("evaluations/made.html", "v1"), ("monitor/reports/made/report.html", "Evidently")):
+        answer = gateway.get(f"/{path}")
+        assert answer.status_code == 200 and title in answer.text
+        assert answer.headers["content-security-policy"] == "sandbox allow-scripts"
+    for path in (
+        "evaluations/none.html",
+        "monitor/reports/made/report.json",
+        "monitor/reports/%2e%2e/verdicts.jsonl",
+        "evaluations/..%2fgateway.key",
+        "evaluations/",
+    ):
+        assert gateway.get(f"/{path}").status_code == 404, path
 
 
 def test_the_page_is_served(gateway):

@@ -58,6 +58,19 @@ def test_a_first_version_is_compared_with_the_base():
     )
 
 
+@pytest.mark.parametrize(
+    ("metric", "mean", "told"),
+    [
+        ("answer_nll", 0.4, "the likelihood of the wanted answers rose"),
+        ("exact_match", 0.4, "right answers rose by 40 points"),
+        ("exact_match", None, "right answers rose"),
+    ],
+)
+def test_without_both_scores_the_base_is_named_all_the_same(metric, mean, told):
+    found = verdict(check("success", mean, metric=metric), rival=None)
+    assert tell_verdict(found) == f"Passed: {told} on 1,200 test rows, compared with the untouched base."
+
+
 def test_a_verdict_of_an_older_version_has_no_scores_and_tells_the_gain():
     assert tell_verdict(verdict(check("success", 0.04))) == (
         "Passed: right answers rose by 4 points on 1,200 test rows."

@@ -86,7 +86,7 @@ def test_services_that_answer_are_named_and_one_that_does_not_is_wrong(tmp_path:
     up = {name: Answering(f"http://127.0.0.1:{port}", True, True) for port, name in enumerate(NAMES)}
     root = make_repository(tmp_path / "fresh")
     lines = seen(root, **up)
-    assert part(lines, "wrong") == "" and "gateway http://127.0.0.1:3" in part(lines, "answer")
+    assert part(lines, "wrong") == "" and "gateway http://127.0.0.1:3" in part(lines, "services")
     silent = up | {"mlflow": Answering("http://127.0.0.1:0", False, True)}
     assert part(seen(root, **silent), "wrong") == "no answer from mlflow: ratchet doctor"
 
