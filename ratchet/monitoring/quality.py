@@ -165,22 +165,22 @@ REQUESTS, SCORES, LABELS, WEIGHTS, RESIDUALS, SQUARES, FIRSTS, SECONDS, RIGHTS =
 
 
 def _sums(days: Days, labels: Labels, weight: float) -> Values:
-    """Return for each day the sums that an estimate needs: shape (9, days)."""
+    """Return for each day the sums that an estimate needs: shape (9, days).
+
+    A day counts as much as people have answered of it. Else the judge's scores of days that nobody has
+    answered yet would count without a correction, and a judge that changed would look like a fall.
+    """
     residual, w = labels.right - weight * labels.score, 1 / labels.inclusion
     columns = [np.ones_like(w), w, w * residual, w**2, w**2 * residual, w**2 * residual**2, w * labels.right]
     count = len(days.requests)
-    return np.stack(
-        [
-            days.requests,
-            days.scores,
-            *(np.bincount(labels.day, weights=column, minlength=count) for column in columns),
-        ]
-    )
+    told = [np.bincount(labels.day, weights=column, minlength=count) for column in columns]
+    answered = told[1]
+    judged = days.scores / np.maximum(days.requests, 1)
+    return np.stack([np.minimum(days.requests, answered), judged * answered, *told])
 
 
 def _share(sums: Values, weight: float) -> Values:
-    judged = sums[SCORES] / np.maximum(sums[REQUESTS], 1)
-    return np.asarray(weight * judged + sums[RESIDUALS] / sums[WEIGHTS], dtype=np.float64)
+    return np.asarray((weight * sums[SCORES] + sums[RESIDUALS]) / sums[WEIGHTS], dtype=np.float64)
 
 
 def _variance(sums: Values, pooled: float) -> Values:

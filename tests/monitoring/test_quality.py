@@ -169,6 +169,16 @@ def test_a_judge_that_errs_drifts_or_throws_coins_raises_no_alarm(sensitivity, s
     assert alarms <= 8  # the binomial 99 % limit of 5 % in 60
 
 
+def test_a_judge_that_changes_while_nobody_answers_raises_no_alarm():
+    """The judge's scores of a day count as far as people have answered of that day."""
+    days, labels, _ = stream(5, [0.8] * 20)
+    broken = Days(days.requests, np.where(np.arange(20) < 10, days.scores, 0.3 * days.scores))
+    silent = Labels(*(part[labels.day < 9] for part in labels))
+    assert broken.scores[10:].sum() < 0.5 * days.scores[10:].sum()
+    assert not find_fall(broken, silent, rate=0.05).alarm
+    assert estimate(broken, silent).share == pytest.approx(estimate(*first(days, labels, 9)).share, abs=1e-9)
+
+
 def test_a_fall_within_the_margin_is_none():
     for seed in range(5):
         days, labels, _ = stream(seed, [0.8] * 15 + [0.72] * 15, sensitivity=0.98, specificity=0.98)
