@@ -117,6 +117,8 @@ def find_fall(days: Days, labels: Labels, *, rate: float, margin: float = 0.0) -
     labels before it and since.
     """
     count = len(days.requests)
+    if count < 2:
+        return None
     weight = power(labels)
     sums = np.cumsum(_sums(days, labels, weight), axis=1)
     whole, places = sums[:, -1], np.arange(1, count)
