@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import gammaincc, log_ndtr
+from scipy.stats import hypergeom
 
 from ratchet.monitoring.novelty import Stems
 from ratchet.monitoring.verdicts import Column
@@ -203,7 +204,7 @@ def mix(name: str, kinds: NDArray[np.int64], window: int) -> Measure:
 
 
 def growth(name: str, kinds: NDArray[np.int64], window: int) -> Measure:
-    """Measure the kind that grew most, in standard deviations of its frequency.
+    """Measure the kind that grew most, by how unlikely its frequency is.
 
     Among hundreds of kinds the chi-square statistic drowns one that grew in the noise of all others. People
     are shown the share of the kind that grew most.
@@ -296,13 +297,18 @@ def _chi_square(held: Any, draws: Draws) -> Values:
 
 
 def _largest_growth(held: NDArray[np.float32], draws: Draws) -> Values:
-    """Return the largest surplus of a kind in the window over its expectation, in standard deviations."""
-    if not held.shape[1]:
-        return np.zeros(len(draws))
-    share = float(draws[0].sum()) / draws.shape[1]
-    expected = share * held.sum(axis=0)[:, None]
-    surplus = (held.T @ draws.T - expected) / np.sqrt(expected * (1 - share))
-    return np.asarray(surplus.max(axis=0), dtype=np.float64)
+    """Return the smallest chance of a kind to be in the window so often, as a negative log, for each draw.
+
+    The chance is hypergeometric: in standard deviations a rare kind would exceed a common one too easily.
+    """
+    rows, window = draws.shape[1], round(float(draws[0].sum()))
+    inside = np.rint(held.T @ draws.T).astype(np.int64)  # (kinds, draws)
+    largest = np.zeros(len(draws))
+    for count, found in zip(held.sum(axis=0).astype(int), inside, strict=True):
+        chances = hypergeom.pmf(np.arange(count + 1), rows, count, window)
+        tails = np.maximum(np.cumsum(chances[::-1])[::-1], 1e-300)  # of so many or more
+        largest = np.maximum(largest, -np.log(tails[found]))
+    return largest
 
 
 def _apart(places: NDArray[np.float32], draws: Draws) -> Values:
