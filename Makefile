@@ -69,6 +69,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.evaluate
 	$(BIN)/python -m benchmarks.rollout
 	$(BIN)/python -m benchmarks.drift
+	$(BIN)/python -m benchmarks.quality
 	$(BIN)/python -m benchmarks.media
 	$(BIN)/python -m benchmarks.picture_drift
 	$(BIN)/python -m benchmarks.scale

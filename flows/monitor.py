@@ -25,7 +25,7 @@ from ratchet.errors import RatchetError, ServiceError
 from ratchet.monitoring.request_log import open_log
 from ratchet.monitoring.retrain_budget import is_under_way, last_start, note_asked, read_retrains
 from ratchet.monitoring.topics import sources_for
-from ratchet.monitoring.verdicts import REPORTS, Decision, Recorded, Verdict
+from ratchet.monitoring.verdicts import REPORTS, Decision, Quality, Recorded, Verdict
 from ratchet.pipeline.stage import project_root
 from ratchet.promotion.champion import Champion, read_champion
 from ratchet.promotion.rollout import read_rollout
@@ -33,6 +33,7 @@ from ratchet.reporting.markdown import drift_card
 from ratchet.tracking.mlflow import log_report
 from tasks import monitor as tasks
 from tasks.ingest import count_new, pull
+from tasks.quality import watch_quality
 
 SETTINGS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
 KEPT_REPORTS = 50  # 4 MB each; MLflow keeps all of them
@@ -56,6 +57,7 @@ def monitor(root: str | None = None, retrain: bool = True) -> Recorded | None:
         log_line(NO_CHAMPION)
         return None
     verdict, folder = look_at(home, config, champion)
+    verdict = tasks.with_quality(verdict, look_at_quality(home, config, champion))
     decision = weigh(home, config, champion, verdict)
     found = tasks.append_verdict(home, champion, verdict, decision, folder)
     show(home, config, champion, found, folder)
@@ -106,6 +108,22 @@ def look_at(home: Path, config: Config, champion: Champion) -> tuple[Verdict, Pa
     return verdict, folder
 
 
+@task(name="measure quality", **SETTINGS)
+def look_at_quality(home: Path, config: Config, champion: Champion) -> Quality | None:
+    """Return the share of right answers, as far as it is watched.
+
+    A judge or a queue that is away must not keep the verdict on drift from being given.
+    """
+    try:
+        found = watch_quality(home, config, champion.version, time.time())
+    except RatchetError as error:
+        say(f"the quality is not measured this time: {error}")
+        return None
+    if found:
+        log_line(found.describe())
+    return found
+
+
 @task(name="decide", **SETTINGS)
 def weigh(home: Path, config: Config, champion: Champion, verdict: Verdict) -> Decision:
     """Decide whether to retrain, from drift, rows to learn from, budget and cool-down."""
@@ -147,6 +165,8 @@ def count_labelled(home: Path, config: Config, champion: Champion, verdict: Verd
 
 
 def reason_of(found: Recorded) -> str:
+    if found.quality and found.quality.alarm:
+        return found.quality.describe()
     topics = ", ".join(topic.name for topic in found.topics[:3])
     return f"drift (p = {found.p:.4f}): {topics or 'no topic stands out'}"
 

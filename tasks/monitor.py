@@ -43,7 +43,7 @@ from ratchet.monitoring.pictures import (
 from ratchet.monitoring.request_records import Feedback, Logged
 from ratchet.monitoring.sounds import hear_all
 from ratchet.monitoring.topics import find_topics
-from ratchet.monitoring.verdicts import VERDICTS, Decision, Recorded, Topic, Verdict
+from ratchet.monitoring.verdicts import VERDICTS, Decision, Quality, Recorded, Topic, Verdict
 from ratchet.pipeline.workspace import get_output
 from ratchet.promotion.champion import Champion
 
@@ -202,6 +202,15 @@ def _examples(window: list[Logged], reference: Reference, moved: list[str]) -> l
     return farthest(looks, reference.trained_pictures, SHOWN, by_content=CONTENT in moved)
 
 
+def with_quality(verdict: Verdict, quality: Quality | None) -> Verdict:
+    """Add what is known of the quality: if the share of right answers fell, the verdict is drift."""
+    if quality is None or not quality.alarm:
+        return msgspec.structs.replace(verdict, quality=quality)
+    return msgspec.structs.replace(
+        verdict, verdict="drift", moved=["quality", *verdict.moved], quality=quality
+    )
+
+
 def decide(verdict: Verdict, facts: Facts, config: Config) -> Decision:
     """Decide whether to retrain, and give each reason with its figure.
 
@@ -215,6 +224,8 @@ def decide(verdict: Verdict, facts: Facts, config: Config) -> Decision:
         if verdict.p is None
         else f"p = {verdict.p:.4f}, monitor.false_alarm_rate {monitor.false_alarm_rate:g}"
     )
+    if verdict.quality and verdict.quality.alarm:
+        said = verdict.quality.describe()
     since = facts.hours_since_retrain
     moved = ", ".join(verdict.moved)
     wanted = monitor.min_new_rows

@@ -30,7 +30,7 @@ from ratchet.config.evaluation import AnswerJudge
 from ratchet.evaluation.report import Agreement
 from ratchet.evaluation.statistics import Values
 from ratchet.review.queue import ReviewQueue
-from ratchet.review.records import Entry, split_answer
+from ratchet.review.records import Entry, is_right, split_answer
 
 RIGHT = 0.5  # score from which the judge calls an answer right
 ALPHA, DRAWS = 0.05, 4000  # of the one-sided lower bound, and resamples of its bootstrap
@@ -84,13 +84,11 @@ def measure_agreement(
 
 def _labels(entry: Entry) -> Iterator[Label]:
     before, answer = split_answer(entry.item.messages)
-    if entry.decision is None or not answer or not before:
+    right = is_right(entry)
+    if entry.decision is None or right is None or not answer or not before:
         return
-    question, verdict = before[-1].content, entry.decision.verdict
-    edited = split_answer(entry.decision.messages)[1] if verdict == "edit" else ""
-    if verdict == "edit" and edited == answer:  # only the question was edited: no word on the answer
-        return
-    right = verdict == "accept"
+    question = before[-1].content
+    edited = split_answer(entry.decision.messages)[1] if entry.decision.verdict == "edit" else ""
     yield Label("correctness", right, [ask_correctness(question, answer, edited)])
     if entry.item.passage:
         yield Label("groundedness", right, [ask_groundedness(question, answer, entry.item.passage)])

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from ratchet.config.evaluation import AnswerJudge
+from ratchet.config.evaluation import JudgeConfig
 from ratchet.errors import ServiceError
 from ratchet.llm.budget import Budget, SpentError
 from ratchet.llm.client import AskError, Teacher
@@ -26,7 +26,6 @@ from ratchet.llm.replies import Malformed, Score, read_reply
 from ratchet.llm.servers import width_of
 
 FILE = Path(".ratchet/judge.db")
-SECTION = "evaluate.judge"
 MOST_FAILURES = 5  # failed requests in a row, after which no more are sent
 SEED = 0
 
@@ -81,7 +80,7 @@ def prompt_version(metric: str) -> str:
     return load_template(f"judge_{metric}", None).version
 
 
-def ask_all(asks: Sequence[Ask], config: AnswerJudge, home: Path, *, backoff: float = 1.0) -> Replies:
+def ask_all(asks: Sequence[Ask], config: JudgeConfig, home: Path, *, backoff: float = 1.0) -> Replies:
     """Return the replies in the order of `asks`, None where one failed.
 
     Raises ConfigError and ServiceError where no request can succeed: a refused key, a wrong address.
@@ -89,13 +88,13 @@ def ask_all(asks: Sequence[Ask], config: AnswerJudge, home: Path, *, backoff: fl
     return asyncio.run(_ask_all(asks, config, home, backoff))
 
 
-async def _ask_all(asks: Sequence[Ask], config: AnswerJudge, home: Path, backoff: float) -> Replies:
+async def _ask_all(asks: Sequence[Ask], config: JudgeConfig, home: Path, backoff: float) -> Replies:
     failures, in_a_row, asked = Counter[str](), 0, 0
     with closing(_Memory(home / FILE)) as memory:
         judge = Teacher(
             config,
-            Budget(max_cost=config.max_cost, max_tokens=config.max_run_tokens, section=SECTION),
-            section=SECTION,
+            Budget(max_cost=config.max_cost, max_tokens=config.max_run_tokens, section=config.section),
+            section=config.section,
             backoff=backoff,
         )
 
@@ -160,7 +159,7 @@ def _value(raw: str, shape: type[Score] | type[Choice]) -> float | None:
     return found.score if 0 <= found.score <= 1 else None
 
 
-def _key(config: AnswerJudge, ask: Ask) -> str:
+def _key(config: JudgeConfig, ask: Ask) -> str:
     parts = [
         config.protocol,
         config.url,

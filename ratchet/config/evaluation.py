@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,8 +11,10 @@ from ratchet.config.base import PREFERENCE, TAKEN, Count, Metric, Section
 from ratchet.config.synthesis import EndpointConfig
 
 
-class AnswerJudge(EndpointConfig):
-    """A model that scores answers (none if `model` is empty); it can gate once it agrees with people."""
+class JudgeConfig(EndpointConfig):
+    """A model that scores answers (none if `model` is empty)."""
+
+    section: ClassVar[str] = "monitor.quality.judge"  # where params.yaml has it, for messages
 
     key_env: str = Field(
         default="RATCHET_JUDGE_KEY",
@@ -27,6 +29,34 @@ class AnswerJudge(EndpointConfig):
         "endpoint refuses it",
     )
     max_tokens: int = Field(default=512, ge=16, description="longest answer of the judge, in tokens")
+    max_cost: float = Field(
+        default=5.0,
+        ge=0,
+        description="money that one run may cost, in the currency of the prices; a request that could exceed "
+        "it is not sent",
+    )
+    max_run_tokens: int = Field(
+        default=2_000_000,
+        ge=0,
+        description="input and output tokens of all requests of one run; a request that could exceed it is "
+        "not sent",
+    )
+
+    @model_validator(mode="after")
+    def _somewhere(self) -> JudgeConfig:
+        if self.model and not self.url:
+            raise ValueError(
+                f"{self.section}.url is empty, but {self.section}.model is {self.model}; wanted a base URL, "
+                "such as http://127.0.0.1:8000/v1"
+            )
+        return self
+
+
+class AnswerJudge(JudgeConfig):
+    """A model that scores answers (none if `model` is empty); it can gate once it agrees with people."""
+
+    section: ClassVar[str] = "evaluate.judge"
+
     metrics: list[Literal["correctness", "groundedness", "preference"]] = Field(
         default=["correctness"],
         description="what the judge scores for candidate and champion; `preference` compares the two "
@@ -42,27 +72,6 @@ class AnswerJudge(EndpointConfig):
         description="key of `meta` with the text that has to support the answer, for `groundedness`; rows "
         "without it get no such score",
     )
-    max_cost: float = Field(
-        default=5.0,
-        ge=0,
-        description="money that one evaluation may cost, in the currency of the prices; a request that "
-        "could exceed it is not sent",
-    )
-    max_run_tokens: int = Field(
-        default=2_000_000,
-        ge=0,
-        description="input and output tokens of all requests of one evaluation; a request that could exceed "
-        "it is not sent",
-    )
-
-    @model_validator(mode="after")
-    def _somewhere(self) -> AnswerJudge:
-        if self.model and not self.url:
-            raise ValueError(
-                f"evaluate.judge.url is empty, but evaluate.judge.model is {self.model}; wanted a base URL, "
-                "such as http://127.0.0.1:8000/v1"
-            )
-        return self
 
 
 class EvaluateConfig(Section):

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from ratchet.config.base import Count, Section, Share
+from ratchet.config.evaluation import JudgeConfig
 
 
 class TopicSource(Section):
@@ -35,6 +36,33 @@ class TopicSource(Section):
             "query": self.query or None,
             "columns": self.columns,
         }
+
+
+class QualityConfig(Section):
+    """The share of right answers, from a judge on all requests and from people on a few of them."""
+
+    labels_per_day: int = Field(
+        default=0,
+        ge=0,
+        description="answers of a day that people are asked about in the review queue, to correct the "
+        "judge; 0: the quality is not watched",
+    )
+    false_alarms_per_month: float = Field(
+        default=0.05,
+        gt=0,
+        lt=0.5,
+        description="share of months (30 days with traffic) without a fall that may end in an alarm, all "
+        "looks of the month together",
+    )
+    margin: Share = Field(
+        default=0.0, description="fall of the share of right answers (0 to 1) that is accepted"
+    )
+    judge: JudgeConfig = Field(
+        default_factory=JudgeConfig,
+        description="a model that scores every request's answer. Users' requests are sent to it, so it is "
+        "named apart from `evaluate.judge`; without one people's answers count alone, and a fall is found "
+        "later",
+    )
 
 
 class MonitorConfig(Section):
@@ -99,6 +127,9 @@ class MonitorConfig(Section):
         "terms or example prompts; `source`; `packages` for `pydoc`, `path` for `jsonl` (a file of any "
         "form), `path` and `query` for `sql`; `columns` in place of `ingest.columns`. Approved feedback is "
         "always added",
+    )
+    quality: QualityConfig = Field(
+        default_factory=QualityConfig, description="whether the answers are still right"
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import gammaincc, log_ndtr
+from scipy.stats import hypergeom
 
 from ratchet.monitoring.novelty import Stems
 from ratchet.monitoring.verdicts import Column
@@ -198,18 +199,34 @@ def mix(name: str, kinds: NDArray[np.int64], window: int) -> Measure:
 
     People are shown the share of the kind that grew most.
     """
+    held = _held(kinds)
+    return Measure(name, "other", lambda draws: _chi_square(held, draws), *_grown(held, window))
+
+
+def growth(name: str, kinds: NDArray[np.int64], window: int) -> Measure:
+    """Measure the kind that grew most, by how unlikely its frequency is.
+
+    Among hundreds of kinds the chi-square statistic drowns one that grew in the noise of all others. People
+    are shown the share of the kind that grew most.
+    """
+    held = _held(kinds)
+    return Measure(name, "higher", lambda draws: _largest_growth(held, draws), *_grown(held, window))
+
+
+def _held(kinds: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Return which rows are of which kind, (rows, kinds), without the rare kinds."""
     held = np.zeros((len(kinds), int(kinds.max()) + 1), dtype=np.float32)
     held[np.arange(len(kinds)), kinds] = 1
-    held = held[:, held.sum(axis=0) >= FREQUENT]
-    shares = (
-        (held[:window].mean(axis=0), held[window:].mean(axis=0))
-        if held.shape[1]
-        else (np.zeros(1), np.zeros(1))
-    )
+    return held[:, held.sum(axis=0) >= FREQUENT]
+
+
+def _grown(held: NDArray[np.float32], window: int) -> tuple[float, float]:
+    """Return the shares, in window and reference, of the kind whose share grew most."""
+    if not held.shape[1]:
+        return 0.0, 0.0
+    shares = held[:window].mean(axis=0), held[window:].mean(axis=0)
     most = int((shares[0] - shares[1]).argmax())
-    return Measure(
-        name, "other", lambda draws: _chi_square(held, draws), float(shares[0][most]), float(shares[1][most])
-    )
+    return float(shares[0][most]), float(shares[1][most])
 
 
 def subjects(name: str, present: Any, places: NDArray[np.float32], window: int) -> Measure:
@@ -277,6 +294,21 @@ def _chi_square(held: Any, draws: Draws) -> Values:
     inside = held.T @ draws.T  # (kinds, draws)
     expected = (totals * window / rows).astype(np.float32)[:, None]
     return np.asarray(((inside - expected) ** 2 / expected).sum(axis=0), dtype=np.float64)
+
+
+def _largest_growth(held: NDArray[np.float32], draws: Draws) -> Values:
+    """Return the smallest chance of a kind to be in the window so often, as a negative log, for each draw.
+
+    The chance is hypergeometric: in standard deviations a rare kind would exceed a common one too easily.
+    """
+    rows, window = draws.shape[1], round(float(draws[0].sum()))
+    inside = np.rint(held.T @ draws.T).astype(np.int64)  # (kinds, draws)
+    largest = np.zeros(len(draws))
+    for count, found in zip(held.sum(axis=0).astype(int), inside, strict=True):
+        chances = hypergeom.pmf(np.arange(count + 1), rows, count, window)
+        tails = np.maximum(np.cumsum(chances[::-1])[::-1], 1e-300)  # of so many or more
+        largest = np.maximum(largest, -np.log(tails[found]))
+    return largest
 
 
 def _apart(places: NDArray[np.float32], draws: Draws) -> Values:

@@ -14,7 +14,7 @@ from ratchet.data.examples import normalise
 from ratchet.data.text import REFUSAL_STARTS
 from ratchet.data.words import terms_of
 from ratchet.media.names import is_sound
-from ratchet.monitoring.drift import Family, Measure, higher, lower, mix, novelty, other, subjects
+from ratchet.monitoring.drift import Family, Measure, growth, higher, lower, mix, novelty, other, subjects
 from ratchet.monitoring.novelty import Familiar
 from ratchet.monitoring.pictures import Look, content_family, picture_family
 from ratchet.monitoring.request_records import Feedback, Logged
@@ -132,11 +132,13 @@ def answer_families(
             f"answers: {size} in this window and {len(theirs)} of the champion's test "
             f"rows; wanted {LEAST_ROWS}"
         ]
+    kinds = _kinds([one.answer for one in both])
     measures = [
         other(
             "answer length (log characters)", np.array([math.log1p(len(one.answer)) for one in both]), size
         ),
-        mix("mix of answers", _kinds([one.answer for one in both]), size),
+        mix("mix of answers", kinds, size),
+        growth("answer that grew most", kinds, size),
         higher("empty answers", np.array([float(not one.answer.strip()) for one in both]), size),
         higher(
             "refusals", np.array([float(one.answer.lower().startswith(REFUSAL_STARTS)) for one in both]), size

@@ -51,13 +51,47 @@ class Topic(msgspec.Struct, frozen=True):
     pictures: list[Picture] = []  # of its requests
 
 
+class Quality(msgspec.Struct, frozen=True):
+    """The share of right answers, estimated from a judge and from people (ratchet/monitoring/quality.py).
+
+    `right` is the share since the day on which a fall is likeliest to have begun, `before` that of the days
+    before; both are None until enough people have answered. `most_change` is the largest difference between
+    them that the rate leaves possible, at every look.
+    """
+
+    alarm: bool = False
+    right: float | None = None
+    before: float | None = None
+    since: str = ""  # that day, ISO 8601 in UTC
+    most_change: float | None = None
+    requests: int = 0  # judged since the champion took over
+    answers: int = 0  # of people
+    waiting: int = 0  # questions that nobody has answered yet
+    unscored: int = 0  # requests of this run for which the judge gave no score
+
+    def describe(self) -> str:
+        """Return the estimate in a line."""
+        people = f"{self.answers} answers of people, {self.waiting} wait in the review queue"
+        if self.right is None or self.before is None:
+            now = (
+                "not known yet" if self.right is None else f"right {self.right:.1%}, with nothing to compare"
+            )
+            return f"quality: {now} ({people}; {self.requests} requests)"
+        fell = f"; it fell by at least {-(self.most_change or 0):.1%}" if self.alarm else ""
+        return (
+            f"quality: right {self.right:.1%} since {self.since}, before {self.before:.1%}{fell} ({people})"
+        )
+
+
 class Verdict(msgspec.Struct, frozen=True):
     """The verdict on a window.
 
     `p` covers all columns together; it is None where the window has fewer than `needed` distinct prompts.
     """
 
-    verdict: str = ""  # "drift" where p is at most the false-alarm rate, "no drift", "too few"
+    verdict: str = (
+        ""  # "drift" (p is at most the false-alarm rate, or the quality fell), "no drift", "too few"
+    )
     p: float | None = None
     rows: int = 0
     distinct: int = 0
@@ -67,6 +101,7 @@ class Verdict(msgspec.Struct, frozen=True):
     missing: list[str] = []  # families without a reference, with the reason
     moved: list[str] = []  # families that differ, the clearest first, corrected for each other
     pictures: list[Picture] = []  # if those differ: the ones that are the farthest from the training's
+    quality: Quality | None = None  # None: it is not watched (monitor.quality)
 
 
 class Decision(msgspec.Struct, frozen=True):

@@ -123,6 +123,7 @@ def drift_card(found: Recorded) -> str:
         lines += [f"p = {found.p:.4f} for all columns together{moved}", "", "| column | p |", "|---|---|"]
         told = sorted((column.p, column.name) for column in found.columns if column.p is not None)
         lines += [f"| {name} | {p:.4f} |" for p, name in told]
+    lines += ["", found.quality.describe()] if found.quality else []
     for topic in found.topics:
         shares = f"{topic.share:.1%} of the requests, {topic.reference_share:.1%} of the reference"
         quoted = [f"> {_plain(example)}" for example in topic.examples]

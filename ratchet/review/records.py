@@ -98,6 +98,19 @@ def with_answer(item: Item, answer: str) -> tuple[Message, ...]:
     return (*split_answer(item.messages)[0], Message("assistant", answer))
 
 
+def is_right(entry: Entry) -> bool | None:
+    """Return whether people say that the item's answer is right; None where they said nothing of it.
+
+    An accepted answer is right, a rejected or edited one wrong; an edit of the question alone says nothing.
+    """
+    if entry.decision is None:
+        return None
+    if entry.decision.verdict == "edit":
+        edited, answer = split_answer(entry.decision.messages)[1], split_answer(entry.item.messages)[1]
+        return None if edited == answer else False
+    return entry.decision.verdict == "accept"
+
+
 def check_decision(decision: Decision, entry: Entry | None) -> Decision:
     """Return the decision as it is stored: with its time, and with an edit normalised.
 

@@ -183,6 +183,7 @@ def verdict_lines(found: Recorded) -> list[str]:
     return [
         f"{found.verdict} on {found.rows} requests to v{found.version}{p} ({found.at})",
         *(f"  {column.name}: p = {column.p:.4f}" for column in strongest),
+        *([f"  {found.quality.describe()}"] if found.quality else []),
         *(
             f"  topic {topic.name}: {topic.share:.1%} of the requests, {topic.reference_share:.1%} of the"
             " reference"

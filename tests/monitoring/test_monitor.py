@@ -16,7 +16,7 @@ import pytest
 from ratchet.config.data import PydocSource
 from ratchet.config.monitoring import MonitorConfig
 from ratchet.config.params import Config
-from ratchet.monitoring.drift import WEIGHTS, Family, draw, higher, judge, mix, other
+from ratchet.monitoring.drift import WEIGHTS, Family, draw, growth, higher, judge, mix, other
 from ratchet.monitoring.families import Answered, Reference, input_families
 from ratchet.monitoring.novelty import Familiar, stems_of
 from ratchet.monitoring.request_records import Feedback, Logged
@@ -288,6 +288,22 @@ def test_stems_join_the_forms_of_a_word_and_the_parts_of_a_name():
 def test_a_mix_of_kinds_ignores_the_rare_ones():
     kinds = np.array([0] * 50 + [1] * 50 + [2] * 3)
     assert mix("x", kinds, 50).value == 1.0
+
+
+def test_one_answer_that_grew_is_found_among_hundreds_of_answers():
+    draws, p = draw(500, 2000, 400, 0), dict[str, list[float]]()
+    for seed in range(10):
+        chance = np.random.default_rng(seed)
+        kinds = chance.integers(0, 200, 2500)
+        kinds[chance.permutation(500)[:15]] = 7  # of the window: from 2.5 to 17.5 requests
+        for one in (mix("mix", kinds, 500), growth("growth", kinds, 500)):
+            statistic = one.statistic(draws)
+            p.setdefault(one.name, []).append(float((statistic >= statistic[0] - 1e-6).mean()))
+            assert one.value == pytest.approx(0.035, abs=0.01)
+            assert one.reference == pytest.approx(0.005, abs=0.005)
+    assert np.median(p["growth"]) < 0.01 < np.median(p["mix"])
+    assert max(p["growth"]) < 0.05
+    assert growth("x", np.arange(100), 50).statistic(draw(50, 50, 10, 0)).tolist() == [0.0] * 11
 
 
 def test_no_topic_is_made_of_words_that_did_not_grow():
