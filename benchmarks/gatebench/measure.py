@@ -42,12 +42,12 @@ class Cell(NamedTuple):
     faults: int = 0  # verdicts that failed; nothing was promoted
     fault: str = ""  # the first of them
 
-    def plus(self, promoted: bool, fault: str) -> Cell:
+    def plus(self, other: Cell) -> Cell:
         return self._replace(
-            pairs=self.pairs + 1,
-            promoted=self.promoted + promoted,
-            faults=self.faults + bool(fault),
-            fault=self.fault or fault,
+            pairs=self.pairs + other.pairs,
+            promoted=self.promoted + other.promoted,
+            faults=self.faults + other.faults,
+            fault=self.fault or other.fault,
         )
 
 
@@ -77,7 +77,7 @@ def measure(path: Path, rules: Sequence[Path], study: Study, jobs: int) -> list[
         parts = executor.map(judge_chunk, [path] * len(chunks), [tuple(rules)] * len(chunks), chunks)
         for cell in (cell for part in parts for cell in part):
             key = (cell.rule, cell.kind, cell.points, cell.rows)
-            found[key] = _sum(found[key], cell) if key in found else cell
+            found[key] = found[key].plus(cell) if key in found else cell
     return sorted(found.values(), key=lambda cell: [rule.stem for rule in rules].index(cell.rule))
 
 
@@ -87,8 +87,10 @@ def judge_chunk(path: Path, rules: tuple[Path, ...], cases: list[Case]) -> list[
         table = make_table(_pool(path), case)
         for rule in _rules(rules):
             key = (rule.name, case._replace(number=0))
-            cell = found.get(key) or Cell(rule.name, case.kind, case.points, case.rows, 0, 0)
-            found[key] = cell.plus(*ask(rule, table))
+            said = ask(rule, table)
+            counts = 1, int(said.promoted), int(bool(said.fault)), said.fault
+            cell = Cell(rule.name, case.kind, case.points, case.rows, *counts)
+            found[key] = found[key].plus(cell) if key in found else cell
     return list(found.values())
 
 
@@ -100,15 +102,6 @@ def _pool(path: Path) -> Pool:
 @cache
 def _rules(paths: tuple[Path, ...]) -> list[Rule]:
     return [load_rule(path) for path in paths]
-
-
-def _sum(one: Cell, other: Cell) -> Cell:
-    return one._replace(
-        pairs=one.pairs + other.pairs,
-        promoted=one.promoted + other.promoted,
-        faults=one.faults + other.faults,
-        fault=one.fault or other.fault,
-    )
 
 
 def left_out(cells: Sequence[Cell]) -> Iterator[str]:

@@ -134,7 +134,6 @@ class Posterior(NamedTuple):
 
 def posterior(sums: Sums, scale: float) -> Posterior:
     """Return the posterior of every part's gain; the mean of all residuals has a flat prior."""
-    tiny = np.finfo(np.float64).tiny
     tau = np.linspace(0.0, WIDEST * scale, TAUS)
     rest, error = sums.rest[..., None], np.maximum(sums.rest_error[..., None], 1e-9)  # (..., parts, 1)
     spread = error**2 + tau**2  # (..., parts, TAUS)
@@ -149,7 +148,5 @@ def posterior(sums: Sums, scale: float) -> Posterior:
     weights = np.exp(fit - fit.max(axis=-1, keepdims=True))
     kept = tau**2 / spread  # how much of its own residual a part keeps
     means = sums.told[..., None] + kept * rest + (1 - kept) * centre
-    errors = np.sqrt(
-        sums.told_error[..., None] ** 2 + kept * error**2 + (1 - kept) ** 2 * centre_error + tiny
-    )
+    errors = np.sqrt(sums.told_error[..., None] ** 2 + kept * error**2 + (1 - kept) ** 2 * centre_error)
     return Posterior(weights / weights.sum(axis=-1, keepdims=True), means, errors)
