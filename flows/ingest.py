@@ -16,12 +16,14 @@ from flows.console import say
 from flows.events import COMMITTED, tell
 from flows.retries import can_pass, on_top
 from ratchet.config.params import Config, load_config
+from ratchet.errors import UserError
 from ratchet.pipeline.checkout import locked, who
 from ratchet.pipeline.dvc import Workspace, bring, push_data
 from ratchet.pipeline.stage import project_root
 from ratchet.pipeline.workspace import land, open_workspace
 from ratchet.sources import reviewed as review
 from ratchet.sources.streams import shown
+from tasks.erase import find_batch
 from tasks.ingest import BASE, Pulled, add_batch, check_rows, freeze_golden, pull
 
 RAW, GOLDEN = Path("data/raw"), Path("data/golden.jsonl")
@@ -61,14 +63,29 @@ def ingest(
     draft: str | None = None,
     columns: dict[str, str] | None = None,
     query: str | None = None,
+    held_out: bool = False,
+    like: str | None = None,
 ) -> Ingested:
     """Take rows in as a batch. With `golden`, freeze that many rows as the golden set instead.
 
-    Raises DataError, CheckoutError.
+    With `held_out`, all rows are test rows and none is ever learned; `like` names the batch, or the beginning
+    of its name, whose test rows they count among.
+
+    Raises UserError when there is no such batch, or the rows cannot be held out; DataError, CheckoutError.
     """
     home = project_root(root)
     config = load_config(home / "params.yaml")
+    if like and not held_out:
+        raise UserError("`like` is said of held-out rows alone", remedy="add --held-out, or leave --like out")
+    if held_out and golden:
+        raise UserError("golden rows are held out already", remedy="leave --held-out or --golden out")
     pulled = pull_rows(config, home, source, path, packages, draft, columns, query)
+    if held_out and pulled.source == "feedback":
+        raise UserError(
+            "people's feedback cannot be held out: they mostly correct wrong answers of the champion, so it "
+            "would lose on these rows by their choice",
+            remedy="hold out rows of a file or a reviewed draft; feedback is there to be learned",
+        )
     check_rows(pulled, config)
 
     def take_in() -> Ingested:
@@ -76,9 +93,9 @@ def ingest(
             done = (
                 commit_golden(workspace, pulled, config, golden)
                 if golden
-                else commit_batch(workspace, pulled, config)
+                else commit_batch(workspace, pulled, config, held_out=held_out, like=like or "")
             )
-        if done["new"] and not golden:
+        if done["new"] and not (golden or held_out):  # there is nothing new to learn
             tell(COMMITTED, config, {"reason": f"new data: {done['batch']}", **done})
         if pulled.drafts and not golden:
             review.mark_taken(home, pulled.drafts, done["batch"])
@@ -116,13 +133,17 @@ def pull_rows(
 
 
 @task(name="commit", **SETTINGS)
-def commit_batch(workspace: Workspace, pulled: Pulled, config: Config) -> Ingested:
+def commit_batch(
+    workspace: Workspace, pulled: Pulled, config: Config, *, held_out: bool = False, like: str = ""
+) -> Ingested:
     bring(workspace, str(RAW))
     batch, new = add_batch(
         workspace.path / RAW,
         pulled,
         licence=config.ingest.licence,
         who=", ".join(pulled.reviewers) or who(workspace.root),
+        held_out=held_out,
+        like=find_batch(workspace.path / RAW, like).name if like else "",
     )
     if not new:
         say(f"these rows are known: batch {batch.name} of {batch.time}; nothing was added")
@@ -137,10 +158,12 @@ def commit_batch(workspace: Workspace, pulled: Pulled, config: Config) -> Ingest
     trailers = [f"Batch: {batch.name}", *(f"Reviewed-by: {name}" for name in pulled.reviewers)]
     commit = land(
         workspace,
-        f"Ingest {batch.rows} rows from {pulled.source} ({pulled.label})"[:72] + "\n\n" + "\n".join(trailers),
+        f"{'Hold out' if held_out else 'Ingest'} {batch.rows} rows from {pulled.source} ({pulled.label})"[:72]
+        + "\n\n"
+        + "\n".join(trailers),
         [f"{RAW}.dvc", "data/.gitignore"],
     )
-    say(f"batch {batch.name}: {batch.rows} rows, commit {commit[:8]}")
+    say(f"batch {batch.name}: {batch.rows} {'held-out ' if held_out else ''}rows, commit {commit[:8]}")
     return {"batch": batch.name, "rows": batch.rows, "new": True, "commit": commit}
 
 

@@ -36,7 +36,7 @@ from ratchet.audits.suites import TaskConfig, check_measurable, describe_suites,
 from ratchet.config.base import PREFERENCE
 from ratchet.config.evaluation import EvaluateConfig
 from ratchet.config.params import Config
-from ratchet.data.examples import Example, read_examples
+from ratchet.data.examples import Example, counted_in, read_examples
 from ratchet.data.mixture import pair_up, read_undesirable
 from ratchet.engines.picture_pooling import measure_pictures
 from ratchet.errors import DataError
@@ -122,7 +122,7 @@ def evaluate(
     asked = Asked(
         [*fitting, *(pair.swapped for pair in pairs), *attacked, *(one.row for one in blind)],
         [
-            *(str(row.meta["batch"]) for row in fitting),
+            *(counted_in(row) for row in fitting),
             *(SWAPPED for _ in pairs),
             *(ATTACKED for _ in attacked),
             *(BLIND for _ in blind),

@@ -21,7 +21,7 @@ from ratchet.errors import RatchetError
 from ratchet.evaluation.node_scores import FILE as NODES
 from ratchet.evaluation.report import Metrics, read_metrics
 from ratchet.files import read_json, write_json
-from ratchet.gate.alpha_budget import look_number, read_looks
+from ratchet.gate.alpha_budget import alpha_of, look_number, looks_before, read_looks, rows_key
 from ratchet.gate.decision import Evidence, Oldest, decide, judge_audits
 from ratchet.gate.guardrails import judge_nodes, judge_parity
 from ratchet.gate.payoff import training_seconds
@@ -32,7 +32,7 @@ from ratchet.models.loading import MANIFEST
 from ratchet.models.manifests import read_trained_manifest
 from ratchet.pipeline.stage import run_stage, say
 from ratchet.privacy.audit import FILE as CLAIM
-from ratchet.promotion.verdict import Candidate, Check, Rival, Speed, Verdict
+from ratchet.promotion.verdict import Candidate, Check, Look, Rival, Speed, Verdict
 
 
 def judge(
@@ -72,6 +72,11 @@ def judge(
             too_long=evaluated.too_long or 0,
         )
     rival = Rival("base" if version is None else "champion", version)
+    judged, rows = read_looks(looks), rows_key(scores[scores.model == "candidate"].id)
+    number, before = look_number(judged, version, run_key, rows), looks_before(judged, version, run_key, rows)
+    look = Look(number, alpha_of(number, config), rows, before)
+    # Each further look at one candidate halves the guardrails' error, so that all add up to twice it at most.
+    config = config.model_copy(update={"guardrail_alpha": config.guardrail_alpha / 2**before})
     oldest = champion.get("oldest") if config.oldest else None
     together = read_trained_manifest(candidate).federation
     evidence = Evidence(
@@ -79,7 +84,7 @@ def judge(
         rival=rival,
         seen=champion["batches"],
         candidate=Candidate(run_key, adapter, together.told if together else ""),
-        look=look_number(read_looks(looks), version, run_key),
+        look=look,
         oldest=None if oldest is None else Oldest(oldest, read_table(incumbent / "oldest.parquet")),
         audits=[
             *judge_audits(evaluation, evaluated, scores, rival.model, config),

@@ -342,8 +342,13 @@ def _unknown_form(row: RawRow, error: RowError, path: str) -> DataError:
     )
 
 
-def add_batch(raw: Path, pulled: Pulled, *, licence: str, who: str) -> tuple[Batch, bool]:
-    """Write a batch unless one holds the same rows; return the batch, and whether it is new."""
+def add_batch(
+    raw: Path, pulled: Pulled, *, licence: str, who: str, held_out: bool = False, like: str = ""
+) -> tuple[Batch, bool]:
+    """Write a batch unless one holds the same rows; return the batch, and whether it is new.
+
+    `held_out` and `like`: see `Batch`.
+    """
     content = content_hash(pulled.lines)
     for batch in read_manifest(raw):
         if batch.content == content or batch.name == pulled.batch:
@@ -362,6 +367,8 @@ def add_batch(raw: Path, pulled: Pulled, *, licence: str, who: str) -> tuple[Bat
         columns=dict(pulled.columns),
         query=pulled.query,
         media=pulled.media,
+        held_out=held_out,
+        like=like,
     ), True
 
 

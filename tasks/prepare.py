@@ -27,7 +27,7 @@ import xxhash
 from ratchet.config.data import PrepareConfig
 from ratchet.config.params import Config
 from ratchet.data.batches import Batch, batch_media, check_batch, raw_lines, read_manifest
-from ratchet.data.dedup import RUN, Clusters, HashTable, Placed, split_by_hash
+from ratchet.data.dedup import RUN, Clusters, HashTable, Placed, Split, split_by_hash
 from ratchet.data.erasure import GOLDEN, Forgotten, read_forgotten
 from ratchet.data.examples import CONTINUE, Example, RowError, encode_line, prompt_key
 from ratchet.data.mixture import undesirable
@@ -311,7 +311,7 @@ class Sorter:
         if key in self._seen:
             return "duplicate.exact"
         if not example.desirable:
-            return self._sort_undesirable(example, key, caps)
+            return self._sort_undesirable(example, key, caps, held_out=origin.held_out)
         prompt = prompt_key(example)
         last_word = self._corrected.get(prompt)
         superseded = last_word not in (None, (origin.batch, line))
@@ -319,7 +319,7 @@ class Sorter:
         if doubted and self._contradicts(prompt, example):
             raise RowError("contradiction", "an earlier row answers the same prompt differently")
         # Placed before it is refused: a superseded row still decides the split of its near duplicates.
-        placed = self._place(example, counts=not superseded)
+        placed = self._place(example, counts=not superseded, held_out=origin.held_out)
         if superseded and last_word:
             raise RowError("superseded", f"people answered this prompt later ({last_word[0]}:{last_word[1]})")
         if placed and placed.crowd > self._config.max_near and last_word is None:
@@ -328,28 +328,30 @@ class Sorter:
         self._seen.put(key)
         if example.question != CONTINUE:
             self._answers.put(prompt, _answer_key(example))
-        side = self._side(example, placed)
+        side = self._side(example, placed, held_out=origin.held_out)
         self._keep(side, example)
         self.gathered.add(example, origin.batch, side)
         return f"accepted.{side}"
 
-    def _sort_undesirable(self, example: Example, key: int, caps: Caps) -> str:
+    def _sort_undesirable(self, example: Example, key: int, caps: Caps, *, held_out: bool) -> str:
         """Keep an undesirable answer in the file beside the split of its prompt.
 
         It neither contradicts nor supersedes other answers to its prompt.
         """
-        side = self._side(example, self._place(example, counts=False))
+        placed = self._place(example, counts=False, held_out=held_out)
+        side = self._side(example, placed, held_out=held_out)
         caps.check(example)
         self._seen.put(key)
         self._keep(undesirable(side), example)
         return f"accepted.{undesirable(side)}"
 
-    def _place(self, example: Example, *, counts: bool) -> Placed | None:
+    def _place(self, example: Example, *, counts: bool, held_out: bool) -> Placed | None:
         """Find near rows. Raises RowError for a row that would leak from the golden set or between splits."""
+        wanted: Split | None = "test" if held_out else None
         if self._config.near_search:
-            placed = self._clusters.place(example, counts=counts)
+            placed = self._clusters.place(example, counts=counts, wanted=wanted)
         elif example.media:
-            placed = self._clusters.place_by_pictures(example, self._own(example))
+            placed = self._clusters.place_by_pictures(example, self._own(example), wanted=wanted)
         else:
             return None
         if placed.side == "golden":
@@ -361,8 +363,10 @@ class Sorter:
             )
         return placed
 
-    def _side(self, example: Example, placed: Placed | None) -> str:
-        return placed.side if placed else split_by_hash(self._own(example), self._config)
+    def _side(self, example: Example, placed: Placed | None, *, held_out: bool) -> str:
+        if placed:
+            return placed.side
+        return "test" if held_out else split_by_hash(self._own(example), self._config)
 
     def _own(self, example: Example) -> str:
         # Rows of plain text all have the same prompt (CONTINUE), so the row's own id decides.
@@ -419,7 +423,7 @@ def _key(example_id: str) -> int:
 
 
 def origin_of(batch: Batch) -> Origin:
-    return Origin(batch.name, batch.source, batch.form, batch.time, batch.licence)
+    return Origin(batch.name, batch.source, batch.form, batch.time, batch.licence, batch.held_out, batch.like)
 
 
 def _main(config: Config, arguments: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from ratchet.config.params import Config
-from ratchet.data.examples import Example, read_examples
+from ratchet.data.examples import Example, counted_in, read_examples
 from ratchet.errors import CheckoutError, RatchetError
 from ratchet.evaluation.answer_cache import FOLDER as ANSWERS
 from ratchet.evaluation.answer_cache import forget_oldest
@@ -51,7 +51,7 @@ def fill(root: Path, table: Retention, newest: Evaluation, config: Config, say: 
         folder = Path(scratch)
         rows = _rows(root, newest, folder)
         for version, slices in wanted:
-            asked = [row for row in rows if row.meta["batch"] in slices]
+            asked = [row for row in rows if counted_in(row) in slices]
             try:
                 place = folder / version.adapter[:16]
                 cells = _ask(root, version, asked, table.metric, config, place) if asked else {}
@@ -96,7 +96,7 @@ def _ask(
     if not base.exists():
         require_output(root, version.commit, "models/base", base)
     media = MediaStore.read(folder.parent / "prepared" / MEDIA)
-    models, rows = Models(), Asked(asked, [str(row.meta["batch"]) for row in asked], media=media)
+    models, rows = Models(), Asked(asked, [counted_in(row) for row in asked], media=media)
     cache = root / ANSWERS if config.evaluate.cache_mib else None
     found = answer(
         Player(version.name, base, folder / "candidate", folder / "candidate"),

@@ -28,6 +28,14 @@ Columns = Annotated[
 Query = Annotated[
     str | None, typer.Option("--query", metavar="SQL", help="The SELECT, where the rows are a database's.")
 ]
+Like = Annotated[
+    str | None,
+    typer.Option(
+        "--like",
+        metavar="BATCH",
+        help="The held-out rows count among the test rows of this batch (the beginning of its name).",
+    ),
+]
 Preview = Annotated[
     bool,
     typer.Option("--preview", help="Show five rows as the model will see them: tokens, and what is learned."),

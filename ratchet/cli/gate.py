@@ -9,13 +9,26 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import msgspec
 import typer
 
-from ratchet.cli.context import Json, find_root, read_config, say, show
+from ratchet.cli.context import (
+    Columns,
+    Json,
+    Like,
+    Query,
+    find_root,
+    read_config,
+    read_mapping,
+    ready_root,
+    say,
+    show,
+)
 from ratchet.errors import UserError
 
 if TYPE_CHECKING:
     from ratchet.audits.judge import Measured
     from ratchet.config.params import Config
+    from ratchet.gate.open_checks import Open
     from ratchet.gate.power import Plan, Spread
+    from ratchet.promotion.verdict import Verdict
 
 app = typer.Typer(
     help="The gate: how many rows it needs, why it decided so, how far its judge can be trusted.",
@@ -81,6 +94,81 @@ def gate_plan(
         as_json,
         lambda: say("\n".join(_describe(found, basis, wished, config))),
     )
+
+
+@app.command("more")
+def gate_more(
+    path: Annotated[
+        str | None, typer.Option(help="File, glob, folder or URL of rows with right answers.")
+    ] = None,
+    source: Annotated[str | None, typer.Option(help="Another source than a file, such as review.")] = None,
+    columns: Columns = None,
+    query: Query = None,
+    draft: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The reviewed draft; without it, all that are ready.")
+    ] = None,
+    like: Like = None,
+    as_json: Json = False,
+) -> None:
+    """Judge an `uncertain` candidate again on more rows, without training.
+
+    The rows are held out: none is ever learned. Without a source, it says how many it takes.
+    Example: ratchet gate more --path more.csv
+    """
+    if not (path or source or query or draft):
+        root = find_root()
+        from flows.more_rows import open_verdict
+        from ratchet.gate.open_checks import open_checks
+
+        verdict = open_verdict(root)
+        found = open_checks(verdict)
+        plain = {"verdict": verdict.verdict, "open": msgspec.to_builtins(found)}
+        show(plain, as_json, lambda: say("\n".join(_describe_open(verdict, found))))
+        return
+    root = ready_root()
+    from flows.more_rows import judge_on_more
+    from ratchet.cli.loop import tell_retrained
+
+    taken, done = judge_on_more(
+        root,
+        like=like,
+        source=source,
+        path=path,
+        draft=draft,
+        columns=read_mapping(columns),
+        query=query,
+    )
+
+    def tell() -> None:
+        if done is None:
+            say(f"nothing new: these rows are batch {taken['batch']}")
+        else:
+            tell_retrained(done)
+
+    show({"ingested": taken, "retrained": done and done._asdict()}, as_json, tell)
+
+
+def _describe_open(verdict: Verdict, found: list[Open]) -> list[str]:
+    from ratchet.promotion.plain_words import tell_verdict
+    from ratchet.promotion.verdict import tell_rows
+
+    lines = [tell_verdict(verdict), ""]
+    for each in found:
+        more = "more" if each.more is None else f"about {tell_rows(each.more)} more"
+        wanted = {
+            "test": f"{more} test rows, of any batch",
+            "batch": f"{more} rows like those of {each.batch}: add --like {each.batch.partition('-')[0]}",
+            "golden": f"{more} golden rows; the golden set is frozen, and a new one is frozen by hand",
+            "none": "rows do not settle it; `ratchet gate explain` gives the reason",
+        }[each.kind]
+        lines.append(f"  {each.check} ({each.rows:,} rows): {wanted}")
+    return [
+        *lines,
+        "",
+        "ratchet gate more --path FILE takes rows with right answers that no model has learned, asks both "
+        "models, and decides on all rows. Without such rows: `ratchet synthesize` writes drafts, and once "
+        "they are reviewed, ratchet gate more --source review",
+    ]
 
 
 @app.command("judge")

@@ -10,6 +10,7 @@ import typer
 from ratchet.cli.context import (
     Columns,
     Json,
+    Like,
     Preview,
     Query,
     Reason,
@@ -72,6 +73,10 @@ def ingest(
     golden: Annotated[
         int, typer.Option(min=0, metavar="ROWS", help="Freeze that many rows as the golden set instead.")
     ] = 0,
+    held_out: Annotated[
+        bool, typer.Option("--held-out", help="Every row is a test row, and none is ever learned.")
+    ] = False,
+    like: Like = None,
     preview: Preview = False,
     as_json: Json = False,
 ) -> None:
@@ -104,6 +109,8 @@ def ingest(
         draft=draft,
         columns=mapping,
         query=query,
+        held_out=held_out,
+        like=like,
     )
     news = (
         f"{done['rows']} rows in {done['batch']}, commit {done['commit'][:8]}"

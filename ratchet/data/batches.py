@@ -38,7 +38,8 @@ class Batch(msgspec.Struct, frozen=True, omit_defaults=True):
     `time` is UTC, ISO 8601; `content` is the hash of the rows, by which a repeated ingest is recognised.
     `columns`: key of the rows → column of the files; `query`: the SQL that a database was asked. `media`:
     sha256 of the tar of pictures and recordings beside the rows, empty where no row has any; `pictures` and
-    `sounds`: their numbers.
+    `sounds`: their numbers. `held_out`: every row is a test row and none is ever learned; `like`: the batch
+    whose test rows they count among, empty where they stand for themselves.
     """
 
     name: str
@@ -56,6 +57,8 @@ class Batch(msgspec.Struct, frozen=True, omit_defaults=True):
     media: str = ""
     pictures: int = 0
     sounds: int = 0
+    held_out: bool = False
+    like: str = ""
 
     @property
     def shard(self) -> str:
@@ -146,6 +149,8 @@ def write_batch(
     columns: dict[str, str] | None = None,
     query: str = "",
     media: Mapping[str, bytes] | None = None,
+    held_out: bool = False,
+    like: str = "",
 ) -> Batch:
     """Write the batch's files, then its manifest line, so that every listed batch has its files.
 
@@ -158,7 +163,9 @@ def write_batch(
     write_bytes(raw / name, (line + b"\n" for line in lines))
     hashed = sha256_file(raw / name)
     batch = Batch(
-        *(name, len(lines), hashed, content, source, time, licence, who, form, files, columns or {}, query)
+        *(name, len(lines), hashed, content, source, time, licence, who, form, files, columns or {}, query),
+        held_out=held_out,
+        like=like,
     )
     if shown := {picture for line in lines for picture in pictures_in(line) if picture in (media or {})}:
         from ratchet.media.store import write_shard

@@ -61,11 +61,19 @@ class Clusters:
         self._cluster: list[int] = []  # a row's cluster, by the place of the cluster's first row
         self._crowds: Counter[int] = Counter()
 
-    def place(self, example: Example, side: Side | None = None, *, counts: bool = True) -> Placed:
+    def place(
+        self,
+        example: Example,
+        side: Side | None = None,
+        *,
+        counts: bool = True,
+        wanted: Split | None = None,
+    ) -> Placed:
         """Choose the row's side; `side` fixes it (golden rows).
 
         A rejected row (near a golden row, or `straddles`) is not remembered. If `counts` is false, the row
-        still decides the side of later rows, but does not add to its cluster's `crowd`.
+        still decides the side of later rows, but does not add to its cluster's `crowd`. `wanted` is the only
+        split that the row may stand in: near to a row of another one, it straddles.
         """
         groups = self.gallery.groups(example.media)
         signed, rows = self._known.sign(example), self._known.rows
@@ -79,8 +87,10 @@ class Clusters:
             return Placed("golden", found)
         if side is None and self._known.quotes_golden(example):
             return Placed("golden", None)
-        if shared:
-            followed: Side = shared[0][1]
+        if wanted:
+            followed: Side = wanted
+        elif shared:
+            followed = shared[0][1]
         else:
             followed = cast(Side, rows[near[0]][1]) if near else split_by_hash(example.id, self._config)
         chosen: Side = side or followed
@@ -96,13 +106,16 @@ class Clusters:
         self._crowds[cluster] += counts
         return Placed(chosen, rows[near[0]][0] if near else None, self._crowds[cluster])
 
-    def place_by_pictures(self, example: Example, own: str) -> Placed:
-        """Choose the row's side by its pictures alone; those of new pictures, by the hash `own`."""
+    def place_by_pictures(self, example: Example, own: str, wanted: Split | None = None) -> Placed:
+        """Choose the row's side by its pictures alone; those of new pictures, by the hash `own`.
+
+        `wanted`: as for `place`.
+        """
         groups = self.gallery.groups(example.media)
         shared = self.gallery.sides(groups)
         if found := next((id for id, at in shared if at == "golden"), None):
             return Placed("golden", found)
-        chosen: Side = shared[0][1] if shared else split_by_hash(own, self._config)
+        chosen: Side = wanted or (shared[0][1] if shared else split_by_hash(own, self._config))
         if stranger := next((id for id, at in shared if at != chosen), None):
             return Placed("straddles", stranger)
         self.gallery.hang(groups, example.id, chosen)

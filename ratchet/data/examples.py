@@ -36,6 +36,7 @@ INDENT = re.compile(r"\t[\t ]*| [\t ]+")  # an indent, as of code; a single blan
 ROLES = ("system", "user", "assistant", "tool")
 MOST_MARKS = 32
 Meta = dict[str, str | int | float | bool | None]
+PART_OF = "part_of"  # key of a held-out row's meta: the batch among whose test rows it counts
 PEOPLE = ("user", "asked_by", "taught_by")  # keys of a row, or of its `meta`, that name a person
 RawRow = dict[str, Any]  # a row as read from its file: any JSON object, not validated
 
@@ -376,6 +377,11 @@ def _check_calls(messages: tuple[Message, ...], tools: Sequence[Tool]) -> None:
 # --- files of examples --------------------------------------------------------------------------------------
 
 _decoder = msgspec.json.Decoder(Example)
+
+
+def counted_in(row: Example) -> str:
+    """Return the batch among whose test rows the row counts: its own, or that which it is `PART_OF`."""
+    return str(row.meta.get(PART_OF) or row.meta["batch"])
 
 
 def read_examples(path: Path) -> Iterator[Example]:

@@ -18,6 +18,7 @@ import msgspec
 from ratchet.config.data import PrepareConfig
 from ratchet.data.examples import (
     CONTINUE,
+    PART_OF,
     Example,
     Meta,
     RawRow,
@@ -84,6 +85,8 @@ class Origin(NamedTuple):
     form: str = "auto"
     time: str = ""  # UTC, ISO 8601
     licence: str = ""
+    held_out: bool = False
+    like: str = ""
 
 
 class Validator:
@@ -138,9 +141,7 @@ class Validator:
                 "no_licence",
                 "neither the row nor its batch names a licence; `prepare.require_licence` is true",
             )
-        example = msgspec.structs.replace(
-            example, meta={**meta, "batch": origin.batch, "source": origin.source}
-        )
+        example = msgspec.structs.replace(example, meta=_with_origin(meta, origin))
         accepted, fault = is_accepted(origin.source, meta), self._find_language_fault(example)
         if not accepted and (doubt := _find_doubt(example)):
             # If the row has a language fault too, the doubt is reported, but nobody can overrule it.
@@ -307,6 +308,13 @@ def _find_doubt(example: Example) -> tuple[str, str] | None:
     if INSTRUCTION.search(example.answer):
         return "instruction_in_answer", "the answer gives orders to a model or to who grades it"
     return None
+
+
+def _with_origin(meta: Meta, origin: Origin) -> Meta:
+    """Say where the row comes from; what the row itself says under these names does not count."""
+    said = {key: value for key, value in meta.items() if key != PART_OF}
+    part = {PART_OF: origin.like} if origin.like else {}
+    return {**said, "batch": origin.batch, "source": origin.source, **part}
 
 
 def _check_time(meta: Meta, batch_time: str, max_age_days: float) -> None:

@@ -23,7 +23,7 @@ import pandas as pd
 
 from ratchet.config.base import PREFERENCE
 from ratchet.config.evaluation import EvaluateConfig
-from ratchet.data.examples import Example
+from ratchet.data.examples import Example, counted_in
 from ratchet.errors import BaseModelError
 from ratchet.evaluation.answer_cache import Answers, identity, open_answers
 from ratchet.evaluation.custom_metrics import Custom, custom_score
@@ -287,7 +287,7 @@ def frame_of(
     likelihoods = found.likelihoods
     columns: dict[str, Any] = {
         "id": [row.id for row in rows],
-        "batch": [str(row.meta["batch"]) for row in rows],
+        "batch": [counted_in(row) for row in rows],
         "kind": [str(row.meta.get("kind", "")) for row in rows],
         "model": [model] * len(rows),
         "question": [row.question for row in rows],

@@ -17,7 +17,6 @@ from ratchet.config.base import PREFERENCE
 from ratchet.config.evaluation import GateConfig
 from ratchet.evaluation.paired import measured
 from ratchet.evaluation.report import Metrics
-from ratchet.gate.alpha_budget import alpha_of
 from ratchet.gate.comparisons import check_losses, check_oldest, check_success, compare_region
 from ratchet.gate.guardrails import (
     guard_by_judge,
@@ -49,7 +48,7 @@ class Evidence(NamedTuple):
     rival: Rival
     seen: Collection[str]  # batches that the champion was trained on
     candidate: Candidate
-    look: int  # number of this candidate among those judged against this rival, from 1
+    look: Look
     oldest: Oldest | None
     audits: list[Check]
     parity: Check
@@ -61,10 +60,10 @@ def decide(evidence: Evidence, config: GateConfig) -> Verdict:
     """Apply every rule: one failure rejects, and one unclear result keeps the champion."""
     scores, rival, look = evidence.scores, evidence.rival.model, evidence.look
     check_range(scores, config)
-    test, alpha = scores[scores.batch != "golden"], alpha_of(look, config)
+    test = scores[scores.batch != "golden"]
     slice_checks, slices = judge_slices(test, rival, config)
     checks = [
-        check_success(test, rival, alpha, look, config),
+        check_success(test, rival, look.alpha, look.number, config),
         *check_losses(scores, rival, evidence.seen, config),
         *slice_checks,
     ]
@@ -88,7 +87,7 @@ def decide(evidence: Evidence, config: GateConfig) -> Verdict:
         slices=slices,
         worth=worth,
         speed=evidence.speed,
-        look=Look(look, alpha),
+        look=look,
         params=config.model_dump(mode="json"),
     )
 

@@ -64,10 +64,15 @@ class Rival(Struct, frozen=True):
 
 
 class Look(Struct, frozen=True):
-    """The number of this candidate among those judged against this rival, and its allowed error."""
+    """The number of this candidate among those judged against this rival, and its allowed error.
+
+    `rows` is a key of the rows that it was judged on, `before` how often it was judged on other ones.
+    """
 
     number: int
     alpha: float
+    rows: str = ""
+    before: int = 0
 
 
 class Candidate(Struct, frozen=True, omit_defaults=True):
@@ -115,7 +120,7 @@ class Verdict(Struct, frozen=True):
     worth: Check | None = None
     speed: Speed | None = None
     look: Look | None = None
-    params: dict[str, Any] = {}  # the section `gate` of params.yaml
+    params: dict[str, Any] = {}  # the section `gate` of params.yaml, with the guardrails' error at this look
 
     @property
     def success(self) -> Check:

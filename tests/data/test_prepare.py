@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from ratchet.config.data import PrepareConfig
 from ratchet.data.batches import read_manifest, write_batch
 from ratchet.data.dedup import Clusters, jaccard, shingle, split_by_hash
-from ratchet.data.examples import Example, Message, make_example, read_examples
+from ratchet.data.examples import Example, Message, counted_in, make_example, read_examples
 from ratchet.data.mixture import read_undesirable
 from ratchet.data.profile import SPLITS
 from ratchet.errors import DataError
@@ -40,7 +40,16 @@ def slightly_other(question: str) -> str:
     return f"{question} indeed"
 
 
-def add(raw: Path, lines: list[bytes], *, month: int = 1, form: str = "auto", source: str = "jsonl") -> str:
+def add(
+    raw: Path,
+    lines: list[bytes],
+    *,
+    month: int = 1,
+    form: str = "auto",
+    source: str = "jsonl",
+    held_out: bool = False,
+    like: str = "",
+) -> str:
     return write_batch(
         raw,
         lines,
@@ -50,6 +59,8 @@ def add(raw: Path, lines: list[bytes], *, month: int = 1, form: str = "auto", so
         licence="CC0-1.0",
         who="tests",
         form=form,
+        held_out=held_out,
+        like=like,
     ).name
 
 
@@ -437,3 +448,56 @@ def test_the_same_batches_give_the_same_bytes(tmp_path, raw, prepared, tiny_conf
         "validation.jsonl",
     ]
     assert all((tmp_path / "again" / name).read_bytes() == (prepared / name).read_bytes() for name in names)
+
+
+# --- held-out batches ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("near_search", [True, False])
+def test_rows_of_a_held_out_batch_are_test_rows_and_change_no_training(tmp_path, near_search):
+    config = LENIENT.model_copy(update={"near_search": near_search})
+    raw, first = tmp_path / "raw", questions(200, "first")
+    old = add(raw, [row(question) for question in first])
+    prepare(raw, NOWHERE, tmp_path / "before", config)
+
+    more = [row(question, part_of="a lie") for question in questions(60, "more")]
+    name = add(raw, more, month=2, held_out=True, like=old)
+    profile = prepare(raw, NOWHERE, tmp_path / "after", config)
+
+    for split in ("train", "validation"):
+        assert (tmp_path / f"after/{split}.jsonl").read_bytes() == (
+            tmp_path / f"before/{split}.jsonl"
+        ).read_bytes()
+    new = [one for one in read_examples(tmp_path / "after/test.jsonl") if one.meta["batch"] == name]
+    assert len(new) == 60 and {counted_in(one) for one in new} == {old}
+    assert profile.batches[name].accepted == {"rows": 60, "test": 60}
+
+
+def test_a_held_out_row_near_to_one_that_is_learned_is_rejected_and_later_rows_follow_into_the_test(tmp_path):
+    raw, first = tmp_path / "raw", questions(40, "first")
+    add(raw, [row(question) for question in first])
+    prepare(raw, NOWHERE, tmp_path / "before", LENIENT)
+    sides = ids(tmp_path / "before")
+    learned = next(one for one in first if make_row(one).id in sides["train"])
+    tested = next(one for one in first if make_row(one).id in sides["test"])
+    alone = questions(1, "alone")[0]
+    held = add(
+        raw,
+        [row(slightly_other(learned)), row(slightly_other(tested)), row(alone), row(learned)],
+        month=2,
+        held_out=True,
+    )
+    add(raw, [row(slightly_other(alone))], month=3)
+
+    profile = prepare(raw, NOWHERE, tmp_path / "after", LENIENT)
+
+    assert [(one.line, one.reason) for one in rejections(tmp_path / "after")] == [(1, "straddles")]
+    counts = profile.batches[held]
+    assert counts.accepted == {"rows": 2, "test": 2} and counts.duplicate["exact"] == 1
+    after = ids(tmp_path / "after")
+    assert make_row(slightly_other(alone)).id in after["test"]
+    assert after["train"] == sides["train"]
+
+
+def make_row(question: str) -> Example:
+    return make_example([Message("user", question), Message("assistant", "yes")], {})

@@ -9,7 +9,15 @@ from places import make_repository, use_git_without_a_user
 from ratchet.config.evaluation import GateConfig
 from ratchet.errors import RatchetError
 from ratchet.files import read_json, write_json
-from ratchet.gate.alpha_budget import FILE, alpha_of, look_number, read_looks, with_verdict
+from ratchet.gate.alpha_budget import (
+    FILE,
+    alpha_of,
+    look_number,
+    looks_before,
+    read_looks,
+    rows_key,
+    with_verdict,
+)
 from ratchet.pipeline.dvc import Workspace
 from ratchet.promotion.verdict import Candidate, Rival, Verdict, read_verdict
 from tasks.pin import pin_looks
@@ -38,6 +46,18 @@ def test_a_candidate_counts_once_a_champion():
     assert [look_number(looks, 7, key) for key in ("a", "b", "c", "")] == [2, 2, 3, 3]
     assert look_number(looks, 8, "c") == 1
     assert with_verdict({}, verdict("a", None)) == {"base": ["a"]}
+
+
+def test_a_candidate_counts_again_on_other_rows():
+    looks = {"7": ["a@one", "b@one", "a@two"]}
+    assert [look_number(looks, 7, "a", rows) for rows in ("one", "two", "three")] == [3, 3, 4]
+    assert [looks_before(looks, 7, "a", rows) for rows in ("one", "two", "three")] == [1, 1, 2]
+    assert (looks_before(looks, 7, "b", "one"), looks_before(looks, 8, "a", "one")) == (0, 0)
+    assert rows_key(["y", "x", "x"]) == rows_key(["x", "y"]) != rows_key(["x"])
+
+
+def test_looks_of_files_from_before_rows_were_noted_are_the_candidates_own():
+    assert (look_number({"7": ["a"]}, 7, "a", "one"), looks_before({"7": ["a"]}, 7, "a", "one")) == (1, 0)
 
 
 def test_a_return_to_an_earlier_champion_returns_to_its_count():

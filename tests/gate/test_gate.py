@@ -261,6 +261,24 @@ def test_judging_the_same_candidate_again_is_no_new_look(bench):
     assert bench.judge(scores(BETTER))["look"]["number"] == 2
 
 
+def test_the_same_candidate_on_other_rows_is_a_further_look_with_stricter_guardrails(bench):
+    few = scores({"candidate": 0.7, "champion": 0.6, "base": 0.2}, rows={OLD: 130, OLDER: 130})
+    first = bench.judge(few)
+    assert (first["look"]["number"], first["look"]["before"]) == (1, 0)
+    bench.looks({"7": ["another@ffff", f"key@{first['look']['rows']}"]})
+
+    again = bench.judge(few)
+    assert (again["look"]["number"], again["look"]["before"]) == (2, 0)  # after another candidate's
+    assert again["look"]["rows"] == first["look"]["rows"]
+
+    more = bench.judge(scores({"candidate": 0.7, "champion": 0.6, "base": 0.2}, rows={OLD: 150, OLDER: 150}))
+    assert (more["look"]["number"], more["look"]["before"]) == (3, 1)
+    assert more["look"]["rows"] != first["look"]["rows"]
+    assert more["look"]["alpha"] < again["look"]["alpha"] < first["look"]["alpha"]
+    errors = [judged["params"]["guardrail_alpha"] for judged in (first, again, more)]
+    assert errors == [0.05, 0.05, 0.025]
+
+
 def test_a_gain_in_a_handful_of_rows_is_not_beyond_chance(bench):
     """Five rows won and none lost: the bootstrap alone is sure of it in 99 %, and luck does it in 3 %."""
     table = scores({"champion": 0.6, "base": 0.2})
