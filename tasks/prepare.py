@@ -322,7 +322,9 @@ class Sorter:
         placed = self._place(example, counts=not superseded, held_out=origin.held_out)
         if superseded and last_word:
             raise RowError("superseded", f"people answered this prompt later ({last_word[0]}:{last_word[1]})")
-        if placed and placed.crowd > self._config.max_near and last_word is None:
+        if placed and (
+            placed.side == "straddles" or (placed.crowd > self._config.max_near and last_word is None)
+        ):
             return "duplicate.near"
         caps.check(example)
         self._seen.put(key)
@@ -339,6 +341,8 @@ class Sorter:
         It neither contradicts nor supersedes other answers to its prompt.
         """
         placed = self._place(example, counts=False, held_out=held_out)
+        if placed and placed.side == "straddles":
+            return "duplicate.near"
         side = self._side(example, placed, held_out=held_out)
         caps.check(example)
         self._seen.put(key)
@@ -346,7 +350,10 @@ class Sorter:
         return f"accepted.{undesirable(side)}"
 
     def _place(self, example: Example, *, counts: bool, held_out: bool) -> Placed | None:
-        """Find near rows. Raises RowError for a row that would leak from the golden set or between splits."""
+        """Find near rows. Raises RowError for a row that would leak from the golden set or between splits.
+
+        A row of a held-out batch that is near to a learned one straddles too; it counts as its duplicate.
+        """
         wanted: Split | None = "test" if held_out else None
         if self._config.near_search:
             placed = self._clusters.place(example, counts=counts, wanted=wanted)
@@ -357,7 +364,7 @@ class Sorter:
         if placed.side == "golden":
             quoted = f"it has {RUN} words in a row from a golden row"
             raise RowError("near_golden", f"near to golden row {placed.near}" if placed.near else quoted)
-        if placed.side == "straddles":
+        if placed.side == "straddles" and not held_out:
             raise RowError(
                 "straddles", f"near to a row of another split, {placed.near}: it would leak between them"
             )

@@ -257,3 +257,25 @@ def test_forgotten_rows_are_in_no_later_training_and_all_that_learned_from_them_
         for number in (1, 2, 3)
     }
     assert json.loads(marks[3]) == {**json.loads(marks[1]), "count": 0, "from": 1}
+
+
+def test_an_uncertain_candidate_is_judged_again_on_more_rows_without_a_training(home: Path) -> None:
+    params = home / "params.yaml"
+    asked = json.loads((home / "reports/evaluation/metrics.json").read_text())["rows"]
+    params.write_text(params.read_text().replace("  min_rows: 20\n", f"  min_rows: {asked + 30}\n"))
+    run(home, "git", "commit", "-qam", "More rows for a verdict")
+    before = json.loads(ratchet(home, "retrain", "--json"))
+    assert before["verdict"] == "uncertain"
+    (needed,) = json.loads(ratchet(home, "gate", "more", "--json"))["open"]
+    assert (needed["check"], needed["more"], needed["kind"]) == ("success", 30, "test")
+
+    write_rows(home, "more.jsonl", "lighthouse", 60)
+    done = json.loads(ratchet(home, "gate", "more", "--path", str(home.parent / "more.jsonl"), "--json"))
+
+    retrained = done["retrained"]
+    assert not retrained["stages"]["train"] and retrained["stages"]["evaluate"]
+    assert retrained["version"] == before["version"]
+    judged = json.loads((home / "reports/gate.json").read_text())
+    assert judged["checks"][0]["rows"] == asked + 60 and judged["look"]["before"] == 1
+    assert not any("too few" in reason for reason in retrained["reasons"])
+    assert run(home, "git", "status", "--porcelain") == ""
