@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ratchet.config.params import load_config
-from ratchet.errors import CheckoutError, CommandError
+from ratchet.errors import CheckoutError, CommandError, DamagedError
 from ratchet.pipeline.checkout import (
     Say,
     check_checkout,
@@ -33,6 +33,7 @@ from ratchet.pipeline.checkout import (
     unheard_hooks,
 )
 from ratchet.pipeline.dvc import Workspace, share_cache
+from ratchet.pipeline.integrity import check_fetched
 from ratchet.pipeline.upstream import follow, offer, publish, put_on_top
 from ratchet.storage.leases import require_held
 
@@ -210,9 +211,25 @@ def _bring_data(workspace: Workspace, before: str) -> None:
 
 
 def get_output(root: Path, commit: str, path: str, out: Path) -> None:
-    """Write the file or folder `path` of `commit` to `out`, from cache or remote. Raises CommandError."""
+    """Write the file or folder `path` of `commit` to `out`, from cache or remote.
+
+    Raises CommandError if it cannot be had, and DamagedError, with nothing left at `out`, if its bytes are
+    not those that the commit names.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
     dvc(root, "get", "--quiet", ".", path, "--rev", commit, "--out", str(out))
+
+    def read(name: str) -> str | None:
+        try:
+            return git(root, "show", f"{commit}:{name}")
+        except CommandError:
+            return None
+
+    try:
+        check_fetched(root, path, out, read)
+    except DamagedError:
+        shutil.rmtree(out) if out.is_dir() else out.unlink()
+        raise
 
 
 def require_output(root: Path, commit: str, path: str, out: Path) -> None:
