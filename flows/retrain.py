@@ -42,7 +42,7 @@ from ratchet.pipeline.integrity import check_inputs
 from ratchet.pipeline.stage import project_root
 from ratchet.pipeline.work_branch import TRAVELS
 from ratchet.pipeline.workspace import catch_up, land, open_workspace
-from ratchet.promotion.champion import Champion, last_entry, read_champion
+from ratchet.promotion.champion import Champion, alias_is_pending, last_entry, read_champion
 from ratchet.promotion.plain_words import tell_verdict
 from ratchet.promotion.verdict import read_verdict
 from ratchet.reporting.evaluation_page import gather, keep_page
@@ -53,7 +53,7 @@ from ratchet.tracking.mlflow import find_outage
 from ratchet.tracking.registry import CHALLENGER, Version, set_alias
 from tasks.erase import inherit
 from tasks.pin import READERS, TRAINING, needs_pin, pin, pin_looks, pin_privacy
-from tasks.promote import alias_is_pending, check_registry, follow_alias, promote
+from tasks.promote import check_registry, follow_alias, promote
 from tasks.record import (
     Findings,
     close_lost_runs,
