@@ -18,6 +18,7 @@ from ratchet.config.params import Config, load_config
 from ratchet.errors import RatchetError
 from ratchet.pipeline.imports import compile_at_first_use
 from ratchet.pipeline.integrity import check_inputs, check_manifest
+from ratchet.pipeline.processes import end_with_starter
 
 OUTPUTS = ("out", "reports", "proof")  # paths that a stage writes
 
@@ -33,6 +34,7 @@ def run_stage(
     # for garbage after every 700 new ones, as is the default, took 1.5 s of 14 s.
     gc.set_threshold(10_000)
     compile_at_first_use()
+    end_with_starter()
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))
     for path in paths:
