@@ -46,13 +46,13 @@ class Here:
     debug = False
 
 
-def find_root() -> Path:
+def find_root(*, mend: bool = True) -> Path:
     """Return the checkout: -C, or the nearest folder upwards with a params.yaml. Raises ConfigError.
 
-    Where a killed run left the checkout's data older than its commit, they are brought first.
+    Where a killed run left the checkout's data older than its commit, they are brought first, if `mend`.
     """
     root = _find_root()
-    if (root / LANDING).exists():
+    if mend and (root / LANDING).exists():
         from ratchet.pipeline.workspace import finish_landing
 
         finish_landing(root, note)

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from ratchet.config.params import load_config
@@ -100,6 +101,12 @@ def running(root: Path) -> list[tuple[str, datetime]]:
         for name in names
         if name
     ]
+
+
+def purpose_of(workspace: Path) -> str:
+    """Return what a workspace was opened for, by its name; "" for another folder."""
+    name = NAME.match(workspace.name)
+    return name["purpose"] if name else ""
 
 
 def _workspaces(root: Path, *, in_use: bool) -> list[Path]:
@@ -255,18 +262,19 @@ def get_output(root: Path, commit: str, path: str, out: Path) -> None:
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     dvc(root, "get", "--quiet", ".", path, "--rev", commit, "--out", str(out))
-
-    def read(name: str) -> str | None:
-        try:
-            return git(root, "show", f"{commit}:{name}")
-        except CommandError:
-            return None
-
     try:
-        check_fetched(root, path, out, read)
+        check_fetched(root, path, out, partial(read_at, root, commit))
     except DamagedError:
         shutil.rmtree(out) if out.is_dir() else out.unlink()
         raise
+
+
+def read_at(root: Path, commit: str, name: str) -> str | None:
+    """Return the text of a file of a commit, or None if it has none of that name."""
+    try:
+        return git(root, "show", f"{commit}:{name}")
+    except CommandError:
+        return None
 
 
 def require_output(root: Path, commit: str, path: str, out: Path) -> None:
