@@ -56,6 +56,11 @@ def check_manifest(folder: Path, remedy: str) -> None:
     check_files(folder, manifest_hashes(folder), remedy)
 
 
+def is_whole(folder: Path) -> bool:
+    """Return whether a folder has a manifest, which is written last, and its files have those bytes."""
+    return (folder / MANIFEST).exists() and not find_damage(folder, manifest_hashes(folder))
+
+
 def check_files(folder: Path, hashes: Mapping[str, str], remedy: str) -> None:
     """Check a folder's files. Raises DamagedError."""
     if found := find_damage(folder, hashes):
@@ -81,8 +86,12 @@ def find_damage(folder: Path, hashes: Mapping[str, str]) -> list[Damage]:
 
 
 def manifest_hashes(folder: Path) -> Hashes:
-    """Return the sha256 that a folder keeps of its own files: a base's, a version's, packed tokens'."""
-    files = _read_object(folder / MANIFEST).get("files")
+    """Return the sha256 that a folder keeps of its own files: a base's, a version's, packed tokens'.
+
+    The weights of a base from the hub are in the hub's cache, so their names are absolute.
+    """
+    manifest = _read_object(folder / MANIFEST)
+    files = manifest.get("files")
     windows = _read_object(folder / PROFILE).get("sha256")
     return {
         **({name: f"sha256:{digest}" for name, digest in files.items()} if isinstance(files, dict) else {}),
@@ -91,7 +100,18 @@ def manifest_hashes(folder: Path) -> Hashes:
             if isinstance(windows, dict)
             else {}
         ),
+        **_hub_hashes(manifest),
     }
+
+
+def _hub_hashes(manifest: dict[str, object]) -> Hashes:
+    model, revision, weights = (manifest.get(key) for key in ("model", "revision", "weights"))
+    if not (isinstance(model, str) and isinstance(revision, str) and isinstance(weights, dict)):
+        return {}
+    from huggingface_hub import try_to_load_from_cache
+
+    found = {name: try_to_load_from_cache(model, name, revision=revision) for name in weights}
+    return {path: f"sha256:{weights[name]}" for name, path in found.items() if isinstance(path, str)}
 
 
 def tracked_hashes(repository: Path, path: Path, read: Read) -> Hashes | None:
@@ -187,7 +207,9 @@ def _tell(found: list[Damage]) -> str:
 
 
 def _remedy(repository: Path, found: list[Damage], hashes: Hashes, folder: Path) -> str:
-    """Say which copy is the damaged one: the cache's, or only the one here."""
+    """Say which copy is the damaged one: the cache's, the hub's, or only the one here."""
+    if outside := [one.path.resolve() for one in found if not one.path.is_relative_to(folder)]:
+        return f"rm -f {' '.join(map(str, outside))} (in the hub's cache), then `dvc repro --force base` here"
     objects = []
     for one in found:
         name = str(one.path.relative_to(folder)) if one.path != folder else ""

@@ -40,7 +40,7 @@ PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 OLD_LENGTH = 128  # tokens: the default of older releases, whose versions do not record their longest row
 YOUNG_SECONDS = 600.0  # folders younger than this are not removed
 FOLDER = re.compile(r"v(\d+)-[0-9a-f]+")
-FETCHED_AGAIN = "remove it: it is fetched again from DVC's cache"
+FETCHED_AGAIN = "remove it: it is fetched again, from DVC's cache or the hub"
 log = logging.getLogger("ratchet.serving")
 
 
@@ -271,6 +271,7 @@ def _fetch_base(root: Path, commit: str) -> Path:
             filling.rmdir()  # `dvc get` would put its output inside a folder that exists
             require_output(root, commit, "models/base", filling)
             check_harmless(filling)
+            check_manifest(filling, FETCHED_AGAIN)  # weights in the hub's cache did not come with it
     return base
 
 

@@ -17,6 +17,7 @@ from ratchet.pipeline.integrity import (
     check_inputs,
     check_manifest,
     find_damage,
+    is_whole,
     object_path,
     tracked_hashes,
 )
@@ -179,3 +180,28 @@ def test_all_damage_is_told_in_one_pass(tmp_path):
     for name in "ac":
         flip(tmp_path / name, at=0)
     assert [one.path.name for one in find_damage(tmp_path, wanted)] == ["a", "c"]
+
+
+def test_weights_in_the_hubs_cache_are_checked_against_the_bases_manifest(tmp_path, monkeypatch):
+    revision = "0" * 39 + "1"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    place = tmp_path / "hub/models--org--name"
+    write_files(place, {f"snapshots/{revision}/model.safetensors": "numbers", f"refs/{revision}": revision})
+    weights = place / f"snapshots/{revision}/model.safetensors"
+    manifest = {"model": "org/name", "revision": revision, "files": {}}
+    write_json(tmp_path / "base/manifest.json", {**manifest, "weights": {weights.name: sha256_file(weights)}})
+    check_inputs(tmp_path, ["base"])
+    flip(weights)
+    with pytest.raises(DamagedError, match=r"(?s)model\.safetensors.*rm -f .*hub's cache"):
+        check_inputs(tmp_path, ["base"])
+    weights.unlink()
+    check_inputs(tmp_path, ["base"])  # what is missing is told by the loading
+
+
+def test_a_kept_folder_is_whole_with_its_manifest_and_its_bytes_alone(tmp_path):
+    write_files(tmp_path, {"model.gguf": "numbers"})
+    assert not is_whole(tmp_path)
+    write_json(tmp_path / "manifest.json", {"files": {"model.gguf": sha256_file(tmp_path / "model.gguf")}})
+    assert is_whole(tmp_path)
+    flip(tmp_path / "model.gguf")
+    assert not is_whole(tmp_path)
