@@ -52,18 +52,27 @@ def end_with_starter() -> None:
     run's group reaches it, and the death of its parent says nothing of the run. A training is asked to stop,
     so that its newest step is kept; what has not ended after GRACE_SECONDS is ended.
     """
-    starter = os.environ.get(STARTER)
-    if starter is None:
+    name = os.environ.get(STARTER)
+    if name is None:
         return
+    starter = find_named(name)
 
     def watch() -> None:
-        while find_named(starter):
+        # Once found it is compared by psutil, which a correction of the clock does not mislead.
+        while starter and _runs(starter):
             time.sleep(LOOK_SECONDS)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(GRACE_SECONDS)
         os._exit(1)
 
     threading.Thread(target=watch, name="starter", daemon=True).start()
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def write_name(path: Path, pid: int) -> None:
