@@ -91,6 +91,7 @@ def _land(workspace: Workspace, found: list[tasks.Found], reason: str) -> tuple[
     if not rows:
         return 0, workspace.git("rev-parse", "HEAD").strip()
     write_forgotten(workspace.path / FILE, longer)
+    write_text(workspace.root / PENDING[tasks.TAG], "")  # before it lands, in case this process is killed
     return rows, land(workspace, f"Forget {rows} row{'s' * (rows > 1)}\n\n{reason}", [str(FILE)])
 
 
@@ -122,6 +123,7 @@ def _land_without(workspace: Workspace, name: str, reason: str, say: Say) -> tup
     write_reverted(workspace.path, [*read_reverted(workspace.path), entry])
     workspace.dvc("add", "--quiet", str(RAW))
     push_data(workspace, say)
+    write_text(workspace.root / PENDING[tasks.REVERTED_TAG], "")
     subject = f"Take back {batch.rows} rows of {batch.name}"[:72]
     message = f"{subject}\n\n{reason}\n\nReverts-batch: {batch.name}"
     return batch, golden, land(workspace, message, [f"{RAW}.dvc", str(REVERTED)])

@@ -14,11 +14,11 @@ from ratchet.config.params import Config
 from ratchet.errors import CheckoutError, RatchetError, ServiceError, UserError
 from ratchet.pipeline.checkout import locked
 from ratchet.pipeline.workspace import open_workspace
-from ratchet.promotion.champion import Champion, last_entry, read_champion
+from ratchet.promotion.champion import Champion, alias_is_pending, last_entry, read_champion
 from ratchet.promotion.gate_tags import check_gate, read_tags
 from ratchet.promotion.rollout import Rollout, finish, open_rollout, read_rollout, resume
 from ratchet.tracking.registry import CHALLENGER, CHAMPION, Version, drop_alias, get_alias, set_alias, set_tag
-from tasks.promote import alias_is_pending, follow_alias, promote
+from tasks.promote import follow_alias, promote
 from tasks.rollout import MAX_TAG, Registry
 
 Say = Callable[[str], None]
@@ -160,7 +160,7 @@ def _apply_alias(root: Path, config: Config, registry: Registry, say: Say) -> bo
     """
     champion, number = read_champion(root), registry.champion
     if number == (champion.version if champion else None):
-        return False
+        return _set_back(root, registry, say) if alias_is_pending(root) else False
     if champion and (number is None or alias_is_pending(root)):
         return _set_back(root, registry, say)
     version = registry.versions.get(number) if number is not None else None

@@ -38,10 +38,11 @@ from ratchet.monitoring.verdicts import Topic
 from ratchet.pipeline.checkout import check_lock, locked, who
 from ratchet.pipeline.dag import KEYS, STAGES, write_keys
 from ratchet.pipeline.dvc import Workspace, check_out, downstream, push_data, stale_stages
+from ratchet.pipeline.integrity import check_inputs
 from ratchet.pipeline.stage import project_root
 from ratchet.pipeline.work_branch import TRAVELS
 from ratchet.pipeline.workspace import catch_up, land, open_workspace
-from ratchet.promotion.champion import Champion, last_entry, read_champion
+from ratchet.promotion.champion import Champion, alias_is_pending, last_entry, read_champion
 from ratchet.promotion.plain_words import tell_verdict
 from ratchet.promotion.verdict import read_verdict
 from ratchet.reporting.evaluation_page import gather, keep_page
@@ -52,7 +53,7 @@ from ratchet.tracking.mlflow import find_outage
 from ratchet.tracking.registry import CHALLENGER, Version, set_alias
 from tasks.erase import inherit
 from tasks.pin import READERS, TRAINING, needs_pin, pin, pin_looks, pin_privacy
-from tasks.promote import alias_is_pending, check_registry, follow_alias, promote
+from tasks.promote import check_registry, follow_alias, promote
 from tasks.record import (
     Findings,
     close_lost_runs,
@@ -67,6 +68,8 @@ if TYPE_CHECKING:
 
 SETTINGS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
 RETRIED: dict[str, Any] = {**SETTINGS, "retries": 2, "retry_delay_seconds": 5, "retry_condition_fn": can_pass}
+READ_BY_TRAIN = ["data/tokenized", "models/base", "models/incumbent"]
+REGISTERED = ["models/candidate", "reports/train", "reports/evaluation", "reports/parity.json"]
 
 
 class Retrained(NamedTuple):
@@ -337,6 +340,7 @@ def stage_task(workspace: Workspace, stage: str, execution: Execution, *, needed
 @task(name="train", **SETTINGS)
 def train_otherwise(workspace: Workspace, train: Callable[[Workspace], None]) -> bool:
     """Make the outputs of the stage `train` in another way, and let DVC record them as the stage's."""
+    check_inputs(workspace.path, READ_BY_TRAIN)
     with working("train …"):
         train(workspace)
     write_keys(workspace.path)
@@ -388,6 +392,7 @@ def publish(workspace: Workspace, found: Findings, config: Config, commit: str, 
     """Register the candidate as a version, complete its run, and publish the verdict as the flow run's
     artifact.
     """
+    check_inputs(workspace.path, REGISTERED)
     if current := read_champion(workspace.path):
         check_registry(current)
     lost = close_lost_runs(config, but=found.manifest.run_key)

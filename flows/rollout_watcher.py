@@ -14,13 +14,15 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import httpx
 
 from ratchet.config.params import Config
-from ratchet.promotion.champion import publish_newer
+from ratchet.promotion.champion import alias_is_pending, publish_newer, read_champion
 from ratchet.promotion.rollout import AGAIN, FILE
 from ratchet.storage.documents import read_documents
+from ratchet.tracking.registry import CHAMPION
 
 SECONDS = 10.0  # between two glances
 BLIND_FACTOR = (
@@ -34,7 +36,7 @@ class Watcher:
 
     def __init__(self, root: Path, config: Config) -> None:
         self._root, self._config = root, config
-        self._seen: str | None = None
+        self._seen: Seen | None = None
         self._looked = 0.0
 
     def start(self) -> None:
@@ -52,11 +54,15 @@ class Watcher:
     def glance(self) -> bool:
         """Request a look if one is due or the registry changed, and return whether it was requested."""
         publish_newer(self._root)
-        now, seen = time.monotonic(), registry_fingerprint(self._config.project.name)
+        now, seen = time.monotonic(), see_registry(self._config.project.name)
         documents = read_documents(self._root, [FILE, AGAIN])
-        waits = seen is None or any(
-            content is not None for content in documents.values()
-        )  # without an answer of the registry, looks are due by the clock alone
+        champion = read_champion(self._root)
+        waits = (
+            seen is None  # looks are due by the clock alone
+            or alias_is_pending(self._root)
+            or (champion is not None and seen.champion != champion.version)
+            or any(content is not None for content in documents.values())
+        )
         due = waits and now - self._looked >= self._config.rollout.look_seconds * (
             BLIND_FACTOR if seen is None else 1
         )
@@ -68,15 +74,22 @@ class Watcher:
         return True
 
 
-def registry_fingerprint(name: str) -> str | None:
-    """Hash MLflow's answers about the registered model and its versions; None when it does not answer.
+class Seen(NamedTuple):
+    """MLflow's answers about the registered model and its versions; `champion` has that alias."""
+
+    fingerprint: str
+    champion: int | None
+
+
+def see_registry(name: str) -> Seen | None:
+    """Ask MLflow about the registered model; None when it does not answer.
 
     MLflow itself is not imported, because that takes seconds and memory.
     """
     server = os.environ.get("MLFLOW_TRACKING_URI", "")
     if not server.startswith("http"):
         return None
-    hasher = hashlib.sha256()
+    hasher, champion = hashlib.sha256(), None
     try:
         for path in ("registered-models/search", "model-versions/search"):
             answer = httpx.get(
@@ -85,9 +98,12 @@ def registry_fingerprint(name: str) -> str | None:
                 timeout=TIMEOUT,
             )
             hasher.update(answer.raise_for_status().content)
-    except httpx.HTTPError:
+            for model in answer.json().get("registered_models", []):
+                aliases = {one["alias"]: int(one["version"]) for one in model.get("aliases", [])}
+                champion = aliases.get(CHAMPION, champion)
+    except (httpx.HTTPError, ValueError, KeyError, TypeError, AttributeError):  # no answer, or not MLflow's
         return None
-    return hasher.hexdigest()
+    return Seen(hasher.hexdigest(), champion)
 
 
 def request_look(root: Path, project: str) -> None:

@@ -13,6 +13,7 @@ from ratchet.config.edit import edit_params
 from ratchet.errors import DataError
 from ratchet.files import write_text
 from ratchet.pipeline.dvc import Workspace, check_out, run_stage
+from ratchet.pipeline.integrity import check_inputs
 from ratchet.pipeline.workspace import open_workspace
 from ratchet.training.launch import Material
 from ratchet.training.search_space import Changes
@@ -46,6 +47,7 @@ def make_material(workspace: Workspace, changes: Changes, say: Say) -> Material:
     write_text(workspace.path / "params.yaml", edit_params(text, changes))
     for stage in STAGES:
         run_stage(workspace, stage, say)
+    check_inputs(workspace.path, [str(path) for path in (TOKENS, BASE, PREPARED, INCUMBENT)])
     return material_of(workspace.path)
 
 

@@ -5,12 +5,11 @@ A merge and no rebase: the ledger and the registry name the commits of this chec
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 from ratchet.errors import CheckoutError, CommandError
-from ratchet.pipeline.checkout import Say, check_checkout, child_environment, commit_settings, git, locked
+from ratchet.pipeline.checkout import Say, check_checkout, commit_settings, git, locked
+from ratchet.pipeline.workspace import bringing_data
 
 REMOTE, TRIES = "origin", 3
 
@@ -28,13 +27,12 @@ def take_in(root: Path, say: Say) -> None:
         )
     with locked(root, "land"):
         before = git(root, "rev-parse", "HEAD").strip()
-        _merge(root, branch)
+        with bringing_data(root):
+            _merge(root, branch)
         if git(root, "rev-parse", "HEAD").strip() == before:
             say(f"{REMOTE}/{branch} has no new commit")
             return
         say(f"took in the commits of {REMOTE}/{branch}")
-        command = [sys.executable, "-m", "dvc", "checkout", "--quiet", "--allow-missing"]
-        subprocess.run(command, cwd=root, env=child_environment(), capture_output=True, check=False)
 
 
 def give_back(root: Path, say: Say) -> None:

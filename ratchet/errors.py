@@ -7,6 +7,7 @@ RatchetError               exit code 1: our fault, or the machine's
 │   ├── BaseModelError     the base model, its tokenizer or template
 │   │   └── MediaError     a picture or recording that the base cannot take
 │   └── CheckoutError      git, DVC, the working tree
+│       └── DamagedError   bytes that are not those that were stored
 ├── ServiceError           MLflow, Prefect, the request log or an upstream does not start or does not answer
 ├── BusyError              a full queue or another open rollout: the caller may try again later
 ├── LeaseError             another process took over a lock while this one was away
@@ -61,6 +62,10 @@ class MediaError(BaseModelError):
 
 
 class CheckoutError(UserError):
+    pass
+
+
+class DamagedError(CheckoutError):
     pass
 
 

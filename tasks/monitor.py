@@ -21,7 +21,7 @@ import msgspec
 from ratchet.config.params import Config
 from ratchet.data.examples import Example, normalise, read_examples
 from ratchet.data.words import terms_of
-from ratchet.files import whole_folder, write_bytes, write_json
+from ratchet.files import sha256_file, whole_folder, write_bytes, write_json
 from ratchet.media.store import FOLDER as MEDIA
 from ratchet.media.store import MediaStore
 from ratchet.monitoring.drift import PROMPTS, judge
@@ -44,6 +44,7 @@ from ratchet.monitoring.request_records import Feedback, Logged
 from ratchet.monitoring.sounds import hear_all
 from ratchet.monitoring.topics import find_topics
 from ratchet.monitoring.verdicts import VERDICTS, Decision, Quality, Recorded, Topic, Verdict
+from ratchet.pipeline.integrity import MANIFEST, is_whole
 from ratchet.pipeline.workspace import get_output
 from ratchet.promotion.champion import Champion
 
@@ -75,12 +76,12 @@ class Facts(NamedTuple):
 
 
 def read_reference(root: Path, config: Config, champion: Champion) -> Reference:
-    """Read the champion's reference, which is fetched once per champion and then kept.
+    """Read the champion's reference, which is fetched once per champion and then kept; if damaged, again.
 
     Raises CommandError when the data of the champion's commit cannot be fetched.
     """
     folder = root / FOLDER / f"reference-v{champion.version}-{champion.commit[:8]}"
-    if not folder.exists():
+    if not is_whole(folder):
         for old in (root / FOLDER).glob("reference-*"):
             shutil.rmtree(old, ignore_errors=True)
         with whole_folder(folder) as filling:
@@ -88,6 +89,9 @@ def read_reference(root: Path, config: Config, champion: Champion) -> Reference:
                 get_output(root, champion.commit, path, filling / Path(path).name)
             for file, looks in _look_at(filling / "prepared").items():
                 write_bytes(filling / file, [msgspec.json.encode(looks)])
+            kept = [path for path in sorted(filling.rglob("*")) if path.is_file()]
+            files = {path.relative_to(filling).as_posix(): sha256_file(path) for path in kept}
+            write_json(filling / MANIFEST, {"files": files})
     return load_reference(folder / "prepared", folder / "evaluation")
 
 

@@ -7,18 +7,22 @@ nothing.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
 
 from ratchet.errors import CheckoutError, CommandError, RatchetError, ServiceError, UserError
-from ratchet.files import write_text
+from ratchet.files import write_bytes, write_text
+from ratchet.pipeline.checkout import locked
 from ratchet.pipeline.dvc import Workspace
 from ratchet.pipeline.workspace import land
 from ratchet.promotion.champion import (
     FILE,
+    PENDING,
     Champion,
+    alias_is_pending,
     last_entry,
     publish_champion,
     read_champion,
@@ -37,7 +41,6 @@ from ratchet.tracking.registry import (
 )
 
 Say = Callable[[str], None]
-PENDING = ".ratchet/alias-pending"  # exists while MLflow's alias lags behind champion.json
 
 
 def promote(workspace: Workspace, version: Version, *, by: str, why: str, force: bool, say: Say) -> Champion:
@@ -120,17 +123,26 @@ def rollback(workspace: Workspace, *, by: str, why: str, say: Say) -> Champion:
     return _put_in_charge(workspace, chosen, say)
 
 
-def alias_is_pending(root: Path) -> bool:
-    """Return whether MLflow still has to be told who is in charge."""
-    return (root / PENDING).exists()
+def reconcile(root: Path, say: Say) -> None:
+    """Point MLflow's alias at the champion, where a killed promotion or rollback has not told it.
+
+    It does nothing while the champion is being moved, and leaves the note while MLflow does not answer.
+    """
+    if not alias_is_pending(root):
+        return
+    with suppress(CheckoutError), locked(root, "promote", wait=False):
+        champion = read_champion(root)
+        if champion and alias_is_pending(root) and follow_alias(root, champion, say):
+            say(f"MLflow's alias follows {FILE}: v{champion.version} is in charge")
 
 
 def follow_alias(root: Path, champion: Champion, say: Say) -> bool:
     """Set MLflow's aliases to what champion.json says, and return whether that worked.
 
-    When MLflow does not answer, the file PENDING makes a later run try again.
+    The file PENDING makes a later run try again when MLflow does not answer or this process is killed.
     """
     pending = root / PENDING
+    write_text(pending, f"v{champion.version}\n")
     try:
         if get_alias(champion.name, CHAMPION) != champion.version:
             set_alias(champion.name, CHAMPION, champion.version)
@@ -139,7 +151,6 @@ def follow_alias(root: Path, champion: Champion, say: Say) -> bool:
         pending.unlink(missing_ok=True)
         return True
     except ServiceError as error:
-        write_text(pending, f"v{champion.version}\n")
         say(f"the alias in MLflow follows later: {error}")
         return False
 
@@ -167,6 +178,9 @@ def _put_in_charge(workspace: Workspace, chosen: Champion, say: Say) -> Champion
     # A tag stays where the version first took charge; its later returns are in the ledger.
     tag = f"model/{chosen.name}/v{chosen.version}"
     is_tagged = bool(workspace.git("tag", "--list", tag).strip())
+    pending = workspace.root / PENDING
+    noted = pending.read_bytes() if pending.exists() else None
+    write_text(pending, f"v{chosen.version}\n")  # before it lands: a kill right after that must not hide it
     try:
         land(
             workspace,
@@ -175,6 +189,7 @@ def _put_in_charge(workspace: Workspace, chosen: Champion, say: Say) -> Champion
             tag=None if is_tagged else tag,
         )
     except RatchetError:
+        pending.unlink() if noted is None else write_bytes(pending, [noted])
         workspace.git(
             "reset", "--quiet", "--hard", before
         )  # otherwise a second try would take this clone's entry for the champion

@@ -34,6 +34,7 @@ from ratchet.tracking.mlflow import (
     mlflow_client,
     mlflow_errors,
     parameters,
+    running_runs,
 )
 from ratchet.tracking.registry import ARTIFACT, Version, make_version
 from ratchet.training.schedule import Figures
@@ -196,13 +197,8 @@ def close_lost_runs(config: Config, *, but: str) -> int:
     MLflow would show them as RUNNING for ever. Call this under the flow's lock, when no run can be training.
     """
     client = mlflow_client()
+    running = running_runs(config.project.name)
     with mlflow_errors():
-        found = client.get_experiment_by_name(config.project.name)
-        running = (
-            client.search_runs([found.experiment_id], filter_string="attributes.status = 'RUNNING'")
-            if found
-            else []
-        )
         lost = [run for run in running if run.data.tags.get(KEY_TAG) not in (None, but)]
         for run in lost:
             client.set_terminated(run.info.run_id, "KILLED")

@@ -41,6 +41,18 @@ def commit(path: Path, message: str) -> str:
     return git(path, "rev-parse", "HEAD").strip()
 
 
+def flip(path: Path, *, at: int = 3) -> None:
+    """Flip a bit as a disk would: time, size and mode stay."""
+    path = path.resolve()
+    before = path.stat()
+    content = bytearray(path.read_bytes())
+    content[at] ^= 4
+    path.chmod(0o644)
+    path.write_bytes(content)
+    path.chmod(before.st_mode)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
 def subjects(path: Path) -> list[str]:
     """Of the checkout's commits, the newest first."""
     return git(path, "log", "--format=%s").splitlines()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -43,6 +44,9 @@ Preview = Annotated[
 Reason = Annotated[str, typer.Option("--reason", help="Why; kept in the ledger.")]
 
 
+LANDING = ".ratchet/landing"  # as in pipeline/workspace.py, whose import takes longer than many commands
+
+
 class Here:
     """The global options: the checkout of -C, and whether errors show tracebacks."""
 
@@ -50,8 +54,20 @@ class Here:
     debug = False
 
 
-def find_root() -> Path:
-    """Return the checkout: -C, or the nearest folder upwards with a params.yaml. Raises ConfigError."""
+def find_root(*, mend: bool = True) -> Path:
+    """Return the checkout: -C, or the nearest folder upwards with a params.yaml. Raises ConfigError.
+
+    Where a killed run left the checkout's data older than its commit, they are brought first, if `mend`.
+    """
+    root = _find_root()
+    if mend and (root / LANDING).exists():
+        from ratchet.pipeline.workspace import finish_landing
+
+        finish_landing(root, note)
+    return root
+
+
+def _find_root() -> Path:
     start = (Here.path or Path.cwd()).resolve()
     if not start.is_dir():
         raise ConfigError(f"{start} is no folder", remedy="name a checkout with -C PATH")
@@ -83,7 +99,22 @@ def ready_root(*, clean: bool = True) -> Path:
     if clean:
         check_checkout(root)
     enter(root, config)
+    _reconcile(root)
     return root
+
+
+def _reconcile(root: Path) -> None:
+    """Let MLflow's alias follow a promotion or rollback that was killed, if MLflow answers."""
+    from ratchet.promotion.champion import alias_is_pending
+    from ratchet.services.environment import HEALTH, fetch_from
+
+    if not alias_is_pending(root):
+        return
+    server = os.environ["MLFLOW_TRACKING_URI"]
+    if not server.startswith("http") or fetch_from(server, HEALTH["mlflow"]) is not None:
+        from tasks.promote import reconcile
+
+        reconcile(root, note)
 
 
 def read_mapping(columns: str | None) -> dict[str, str] | None:

@@ -1,4 +1,4 @@
-"""Set up and run: `init`, `params`, `up`, `down`, `worker`, `serve`, `status`, `report`, `doctor`, `keys`."""
+"""Set up, run and look: `init`, `params`, `up`, `down`, `worker`, `serve`, `status`, `verify`, `doctor` …"""
 
 from __future__ import annotations
 
@@ -249,6 +249,29 @@ def status(
         say("\n".join((describe_all if everything else short)(found, around)))
 
     show(found.to_json(), as_json, tell)
+
+
+def verify(as_json: Json = False) -> None:
+    """Check what must hold in every project: one champion everywhere, whole data, nothing left behind.
+
+    It changes nothing, reads every byte of the data once, and ends with 1 if anything is wrong.
+
+    Example: ratchet verify
+    """
+    from ratchet.services.environment import enter
+    from ratchet.verification.project import verify as look
+
+    root = find_root(mend=False)
+    config = read_config(root)
+    enter(root, config)
+    findings = []
+    for finding in look(root, config):
+        findings.append(finding)
+        if not as_json:
+            say(finding.told)
+    show(findings, as_json, lambda: None)
+    if any(finding.result == "wrong" for finding in findings):
+        raise typer.Exit(1)
 
 
 def report(

@@ -41,9 +41,10 @@ from ratchet.errors import (
     ServiceError,
     UserError,
 )
-from ratchet.files import whole_folder
+from ratchet.files import sha256_file, whole_folder, write_json
 from ratchet.models.chat_template import ChatFormat
 from ratchet.models.loading import load_chat
+from ratchet.pipeline.integrity import MANIFEST, is_whole
 from ratchet.serving.admission import check_adapter_fits
 from ratchet.serving.bundle import Bundle
 from ratchet.serving.engine import Ask, Ended, Piece, Scored, require_same
@@ -232,10 +233,13 @@ class LlamaCppEngine:
         return self._opened
 
     def _write(self, bundle: Bundle) -> Path:
-        """Write the GGUF file once, in a process whose memory is free again afterwards."""
+        """Write the GGUF file once, in a process whose memory is free again afterwards.
+
+        One whose bytes have changed since is written anew.
+        """
         place = (self._folder or bundle.adapter.parent) / FOLDER
         file = place / "model.gguf"
-        if not file.exists():
+        if not is_whole(place):
             with whole_folder(place) as filling:
                 wanted = ("--base", bundle.base, "--adapter", bundle.adapter, "--gguf", filling / file.name)
                 done = subprocess.run(
@@ -247,6 +251,7 @@ class LlamaCppEngine:
                         f"v{bundle.version} cannot be written for llama.cpp: {reason}",
                         remedy="set gateway.engine: local, which serves every version",
                     )
+                write_json(filling / MANIFEST, {"files": {file.name: sha256_file(filling / file.name)}})
         return file
 
     def _start(self, file: Path, bundle: Bundle) -> tuple[subprocess.Popen[bytes], str]:

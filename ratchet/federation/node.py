@@ -56,7 +56,15 @@ from ratchet.federation.records import (
 )
 from ratchet.federation.secure import tag_of, words_of
 from ratchet.federation.state import GLOBAL, KEPT
-from ratchet.files import read_json, sha256_json, whole_folder, write_bytes, write_json, write_private
+from ratchet.files import (
+    read_json,
+    sha256_file,
+    sha256_json,
+    whole_folder,
+    write_bytes,
+    write_json,
+    write_private,
+)
 from ratchet.models.adapters import RESIDUAL, complete_version
 from ratchet.models.loading import MANIFEST, WEIGHTS
 from ratchet.models.manifests import read_trained_manifest
@@ -521,7 +529,9 @@ def _deliver(root: Path, folder: Path, message: Message) -> bytes:
     )
     with whole_folder(folder / DELIVERED) as whole:
         write_adapter(whole, message.tensors, asked.adapter_config)
-        write_json(whole / DELIVERY, msgspec.to_builtins(delivery))
+        files = {path.name: f"sha256:{sha256_file(path)}" for path in sorted(whole.iterdir())}
+        kept = msgspec.structs.replace(delivery, files=files)
+        write_json(whole / DELIVERY, msgspec.to_builtins(kept))
     return write_message(messages.Delivered())
 
 

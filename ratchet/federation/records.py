@@ -14,6 +14,7 @@ import msgspec
 from ratchet.errors import RatchetError, UserError
 from ratchet.files import read_json
 from ratchet.models.manifests import Together
+from ratchet.pipeline.integrity import check_files
 from ratchet.privacy.ledger import FILE as LEDGER
 
 NODE = Path(".ratchet/federation/node")  # a node's files, in its checkout
@@ -80,6 +81,7 @@ class Delivery(msgspec.Struct, frozen=True):
     max_length: int
     start: str
     federation: Together
+    files: dict[str, str] = {}  # name → hash, as `integrity.check_files` takes them
 
     @property
     def told(self) -> str:
@@ -150,8 +152,10 @@ def read_delivery(root: Path) -> Delivery | None:
 
 
 def require_delivery(root: Path) -> Delivery:
-    """Return what this node was given last. Raises UserError: nothing yet."""
+    """Return what this node was given last. Raises UserError: nothing yet; DamagedError."""
     if found := read_delivery(root):
+        remedy = "the coordinator's next version that passes its gate takes its place"
+        check_files(root / NODE / DELIVERED, found.files, remedy)
         return found
     raise UserError(
         "this checkout was given no version of a federation",

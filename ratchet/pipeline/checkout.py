@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ratchet.errors import CheckoutError, CommandError
+from ratchet.pipeline.processes import STARTER, name_process
 from ratchet.storage.database import find_database
 from ratchet.storage.leases import TakenError, hold
 
@@ -202,7 +203,8 @@ STAGE_ENVIRONMENT = {"GOMP_SPINCOUNT": "3000", "MALLOC_MMAP_MAX_": "0", "MALLOC_
 def child_environment() -> dict[str, str]:
     """Return the environment of child processes: this interpreter is first in PATH, as stages call `python`.
 
-    The variables of a surrounding git hook are removed, because they would point git to another repository.
+    A stage ends with this process, which it knows by STARTER. The variables of a surrounding git hook are
+    removed, because they would point git to another repository.
     """
     kept = {
         name: value
@@ -212,6 +214,7 @@ def child_environment() -> dict[str, str]:
     return {
         **STAGE_ENVIRONMENT,
         **kept,
+        STARTER: name_process(),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "DVC_NO_ANALYTICS": "1",
         "PYTHONUNBUFFERED": "1",

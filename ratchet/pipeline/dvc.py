@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from ratchet.errors import CheckoutError, CommandError, StageError
 from ratchet.pipeline.checkout import Say, child_environment, dvc, git
 from ratchet.pipeline.dag import KEYS, STAGES, write_keys
+from ratchet.pipeline.integrity import cache_folder, read_dvc_config
 
 EXITED = re.compile(r"exited with (-?\d+)")
 # The first line of torchrun's own report, which is long and follows the output of the process that failed.
@@ -235,7 +236,8 @@ def _not_here(workspace: Workspace, name: str) -> CheckoutError:
 def configured_remote(root: Path) -> str | None:
     """Return the name of DVC's default remote; the local configuration overrides the committed one."""
     remotes = (
-        _dvc_config(root, name).get("core", "remote", fallback=None) for name in ("config.local", "config")
+        read_dvc_config(root, name).get("core", "remote", fallback=None)
+        for name in ("config.local", "config")
     )
     return next(filter(None, remotes), None)
 
@@ -253,13 +255,11 @@ def share_cache(root: Path, path: Path) -> None:
 
     It writes what `dvc cache dir --local` and `dvc config --local` would; each takes a second to start.
     """
-    config, committed = _dvc_config(root, "config.local"), _dvc_config(root, "config")
+    config, committed = read_dvc_config(root, "config.local"), read_dvc_config(root, "config")
     for section in ("core", "cache"):
         if not config.has_section(section):
             config.add_section(section)
-    known = config.get("cache", "dir", fallback=committed.get("cache", "dir", fallback="cache")).strip("\"'")
-    # Quoted, because DVC splits an unquoted value at a comma.
-    config.set("cache", "dir", f'"{(root / ".dvc" / known).resolve()}"')
+    config.set("cache", "dir", f'"{cache_folder(root)}"')
     config.set("cache", "type", f'"{CACHE_TYPES}"')
     # By default DVC keeps data about each repository in a system folder, where it would outlive the clone.
     config.set("core", "site_cache_dir", f'"{path / ".dvc" / "tmp" / "site"}"')
@@ -295,9 +295,3 @@ def _verify_remotes(config: configparser.ConfigParser, committed: configparser.C
                 config.add_section(section)
             if not config.has_option(section, "verify"):
                 config.set(section, "verify", "true")
-
-
-def _dvc_config(root: Path, name: str) -> configparser.ConfigParser:
-    config = configparser.ConfigParser(interpolation=None)
-    config.read(root / ".dvc" / name, encoding="utf-8")
-    return config

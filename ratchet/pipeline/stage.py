@@ -17,6 +17,10 @@ from pathlib import Path
 from ratchet.config.params import Config, load_config
 from ratchet.errors import RatchetError
 from ratchet.pipeline.imports import compile_at_first_use
+from ratchet.pipeline.integrity import check_inputs, check_manifest
+from ratchet.pipeline.processes import end_with_starter
+
+OUTPUTS = ("out", "reports", "proof")  # paths that a stage writes
 
 
 def run_stage(
@@ -24,12 +28,13 @@ def run_stage(
 ) -> None:
     """Parse one required `--NAME PATH` for each of `paths`, and call `work(config, arguments)`.
 
-    On a RatchetError print it and exit with its code.
+    First the bytes of the inputs are checked. On a RatchetError print it and exit with its code.
     """
     # Importing transformers and PEFT makes a million objects that live as long as the process. Searching them
     # for garbage after every 700 new ones, as is the default, took 1.5 s of 14 s.
     gc.set_threshold(10_000)
     compile_at_first_use()
+    end_with_starter()
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))
     for path in paths:
@@ -39,10 +44,25 @@ def run_stage(
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' progress bars would fill the flow's log
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports optional kernels at each import
     try:
+        _check_inputs([getattr(arguments, path) for path in paths if path not in OUTPUTS])
         work(load_config(arguments.params), arguments)
     except RatchetError as error:
         say(f"{type(error).__name__}: {error}", error=True)
         sys.exit(error.exit_code)
+
+
+def _check_inputs(paths: list[Path]) -> None:
+    """Check the inputs of a stage that DVC or a flow runs, and by hand those with a manifest.
+
+    By hand an input may differ from dvc.lock on purpose. torchrun's processes come after this check.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return
+    if "DVC_STAGE" in os.environ or "RATCHET_ROOT" in os.environ:
+        check_inputs(Path.cwd(), [str(path) for path in paths])
+        return
+    for path in paths:
+        check_manifest(path, "make it again with its stage")
 
 
 def project_root(root: str | Path | None = None) -> Path:

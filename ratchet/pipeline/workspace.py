@@ -12,20 +12,19 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from ratchet.config.params import load_config
-from ratchet.errors import CheckoutError, CommandError
+from ratchet.errors import CheckoutError, CommandError, DamagedError
+from ratchet.files import write_text
 from ratchet.pipeline.checkout import (
     Say,
     check_checkout,
-    child_environment,
     commit_settings,
     dvc,
     git,
@@ -33,10 +32,12 @@ from ratchet.pipeline.checkout import (
     unheard_hooks,
 )
 from ratchet.pipeline.dvc import Workspace, share_cache
+from ratchet.pipeline.integrity import check_fetched
 from ratchet.pipeline.upstream import follow, offer, publish, put_on_top
 from ratchet.storage.leases import require_held
 
 WORKSPACES = Path(".ratchet/workspaces")
+LANDING = Path(".ratchet/landing")  # exists while the checkout's data may be older than its commit
 NAME = re.compile(r"(?P<start>\d{8}T\d{6})[\d.]*-(?P<purpose>.+)-\d+")
 LANDING_TRIES = 5
 # Git's errors if the checkout contains changes, or files unknown to it, that the push would overwrite.
@@ -50,6 +51,7 @@ def open_workspace(root: Path, purpose: str, say: Say, *, keep_failed: int = 2) 
 
     The last `keep_failed` failed clones with the same purpose are kept for inspection.
     """
+    finish_landing(root, say)
     branch = check_checkout(root)
     landing = load_config(root / "params.yaml").landing
     with clone(root, purpose, say, "--branch", branch, keep_failed=keep_failed) as path:
@@ -101,6 +103,12 @@ def running(root: Path) -> list[tuple[str, datetime]]:
     ]
 
 
+def purpose_of(workspace: Path) -> str:
+    """Return what a workspace was opened for, by its name; "" for another folder."""
+    name = NAME.match(workspace.name)
+    return name["purpose"] if name else ""
+
+
 def _workspaces(root: Path, *, in_use: bool) -> list[Path]:
     found = [path for path in (root / WORKSPACES).glob("*") if path.is_dir() and _is_in_use(path) == in_use]
     return sorted(found, reverse=True)
@@ -134,8 +142,8 @@ def land(workspace: Workspace, message: str, paths: list[str], *, tag: str | Non
     if tag or before != workspace.git("rev-parse", "HEAD").strip():
         with locked(workspace.root, "land"):
             require_held()
-            _push(workspace, tag)
-            _bring_data(workspace, before)
+            with bringing_data(workspace.root):
+                _push(workspace, tag)
     return workspace.git("rev-parse", "HEAD").strip()
 
 
@@ -196,23 +204,77 @@ def catch_up(workspace: Workspace) -> bool:
     return True
 
 
-def _bring_data(workspace: Workspace, before: str) -> None:
-    """Check out the data of the new commit in the user's checkout, if the commit changed data.
+def finish_landing(root: Path, say: Say) -> None:
+    """Bring the data of a commit that reached the checkout when its process was killed before they did.
+
+    It does nothing while another process lands.
+    """
+    if not (root / LANDING).exists():
+        return
+    with suppress(CheckoutError), locked(root, "land", wait=False):
+        moved = _data_moved(root)
+        if fault := _bring_data(root):
+            say(f"the data in {root} are not those of its newest commit, and stay as they are: {fault}")
+        elif moved:
+            say(f"brought the data of the newest commit into {root}: an earlier run was killed as it landed")
+
+
+@contextmanager
+def bringing_data(root: Path) -> Iterator[None]:
+    """Move the checkout's branch in the block, then bring the data of its newest commit.
+
+    A note of the commit before stays for `finish_landing` when the process is killed. Hold the lock `land`.
+    """
+    if not (root / LANDING).exists():
+        write_text(root / LANDING, git(root, "rev-parse", "HEAD"))
+    yield
+    _bring_data(root)
+
+
+def _bring_data(root: Path) -> str:
+    """Check out the data of the checkout's newest commit; return why some stay as they are, or "".
 
     Local changes are kept, because DVC does not overwrite them without --force.
     """
-    if any(
-        name.endswith((".dvc", "dvc.lock"))
-        for name in workspace.git("diff", "--name-only", before, "HEAD").splitlines()
-    ):
-        command = [sys.executable, "-m", "dvc", "checkout", "--quiet", "--allow-missing"]
-        subprocess.run(command, cwd=workspace.root, env=child_environment(), capture_output=True, check=False)
+    if _data_moved(root):
+        try:
+            dvc(root, "checkout", "--quiet", "--allow-missing")
+        except CommandError as error:
+            return " ".join(str(error).split())[:400]
+    (root / LANDING).unlink(missing_ok=True)
+    return ""
+
+
+def _data_moved(root: Path) -> bool:
+    """Return whether commits since the one of the note changed data; one that is not known any more did."""
+    try:
+        changed = git(root, "diff", "--name-only", (root / LANDING).read_text().strip(), "HEAD").splitlines()
+    except CommandError:
+        return True
+    return any(name.endswith((".dvc", "dvc.lock")) for name in changed)
 
 
 def get_output(root: Path, commit: str, path: str, out: Path) -> None:
-    """Write the file or folder `path` of `commit` to `out`, from cache or remote. Raises CommandError."""
+    """Write the file or folder `path` of `commit` to `out`, from cache or remote.
+
+    Raises CommandError if it cannot be had, and DamagedError, with nothing left at `out`, if its bytes are
+    not those that the commit names.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
     dvc(root, "get", "--quiet", ".", path, "--rev", commit, "--out", str(out))
+    try:
+        check_fetched(root, path, out, partial(read_at, root, commit))
+    except DamagedError:
+        shutil.rmtree(out) if out.is_dir() else out.unlink()
+        raise
+
+
+def read_at(root: Path, commit: str, name: str) -> str | None:
+    """Return the text of a file of a commit, or None if it has none of that name."""
+    try:
+        return git(root, "show", f"{commit}:{name}")
+    except CommandError:
+        return None
 
 
 def require_output(root: Path, commit: str, path: str, out: Path) -> None:

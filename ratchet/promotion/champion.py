@@ -17,6 +17,7 @@ from ratchet.storage.database import find_database
 from ratchet.storage.documents import read_document, write_document
 
 FILE = "champion.json"
+PENDING = ".ratchet/alias-pending"  # names the version that MLflow's alias may not have followed yet
 
 
 class Data(msgspec.Struct, frozen=True):
@@ -95,6 +96,19 @@ def read_champion(root: Path) -> Champion | None:
     if not path.exists():
         return None
     return decode_champion(path.read_bytes(), str(path))
+
+
+def alias_is_pending(root: Path) -> bool:
+    """Return whether MLflow still has to be told who is in charge.
+
+    A note of another version than the champion is of a move that was killed before it landed.
+    """
+    try:
+        noted = (root / PENDING).read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return False
+    champion = read_champion(root)
+    return champion is not None and noted == f"v{champion.version}"
 
 
 def publish_champion(root: Path, champion: Champion) -> None:

@@ -15,7 +15,7 @@ from ratchet.errors import RatchetError
 from ratchet.monitoring.retrain_budget import is_under_way
 from ratchet.monitoring.verdicts import Recorded
 from ratchet.pipeline.workspace import running
-from ratchet.promotion.champion import read_champion, was_promoted
+from ratchet.promotion.champion import alias_is_pending, read_champion, was_promoted
 from ratchet.promotion.gate_tags import is_gate_of
 from ratchet.promotion.plain_words import tell_verdict
 from ratchet.promotion.verdict import Verdict, read_verdict
@@ -80,7 +80,8 @@ def look_around(root: Path, config: Config, status: Status) -> Around:
     ]
     runs = read(lambda: _running(root, shared=shared), nothing)
     sentence = read(lambda: _sentence(root, verdict), "")
-    return Around(sentence, [*dict.fromkeys(faults), *together.wrong], waits, runs, together.nodes)
+    behind = read(lambda: _alias_behind(root), nothing)
+    return Around(sentence, [*dict.fromkeys(faults), *behind, *together.wrong], waits, runs, together.nodes)
 
 
 def describe_all(found: Status, around: Around) -> list[str]:
@@ -202,6 +203,13 @@ def _running(root: Path, *, shared: bool) -> list[str]:
     told = [f"{purpose} since {start:%Y-%m-%d %H:%M} UTC" for purpose, start in here]
     elsewhere = shared and all(purpose != "retrain" for purpose, _ in here) and is_under_way(root)
     return [*told, *(["a retraining, on another machine or about to begin"] if elsewhere else [])]
+
+
+def _alias_behind(root: Path) -> list[str]:
+    """Say that MLflow has not been told of the champion, since a run was killed or MLflow was away."""
+    if not alias_is_pending(root):
+        return []
+    return ["MLflow's alias `champion` may be behind champion.json: ratchet rollout look"]
 
 
 def _federation(root: Path) -> Together:

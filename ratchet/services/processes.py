@@ -16,10 +16,6 @@ import psutil
 from ratchet.errors import UserError
 from ratchet.services.environment import HOST, PROBE_SECONDS
 
-# Processes with the same id are created more than 2 s apart. If the clock is corrected by more than this
-# while a service runs, the service is not recognised.
-SAME_START_SECONDS = 2.0
-
 
 def require_free_port(port: int, key: str) -> None:
     """Raise UserError when `port` is taken, with its holder where the system tells, and the key to change."""
@@ -91,16 +87,6 @@ def name_place() -> str:
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
     except OSError:  # no Linux, so no containers that share a kernel
         return platform.node()
-
-
-def find_process(pid: int, created: float) -> psutil.Process | None:
-    """Find the process that had this id at this time; None when it ended, even if another has its id now."""
-    try:
-        process = psutil.Process(pid)
-        same = abs(process.create_time() - created) < SAME_START_SECONDS
-        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
-    except psutil.Error:
-        return None
 
 
 def end_family(leader: psutil.Process, grace: float) -> None:

@@ -25,6 +25,7 @@ import psutil
 from ratchet.errors import RatchetError, ServiceError, UserError
 from ratchet.files import write_bytes
 from ratchet.pipeline.checkout import locked
+from ratchet.pipeline.processes import find_process
 from ratchet.services.environment import (
     HEALTH,
     HOST,
@@ -34,7 +35,7 @@ from ratchet.services.environment import (
     page_of,
     prefect_headers,
 )
-from ratchet.services.processes import end_family, find_process, name_place, require_free_port
+from ratchet.services.processes import end_family, name_place, require_free_port
 from ratchet.services.specs import GRACE_SECONDS, Plan, plan_services
 
 if TYPE_CHECKING:

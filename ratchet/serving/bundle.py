@@ -6,9 +6,11 @@ down. They are kept in `.ratchet/serving`, completely or not at all; serving fro
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -16,11 +18,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 from ruamel.yaml import YAML
 
-from ratchet.errors import BaseModelError, CheckoutError, CommandError, RatchetError, ServiceError
+from ratchet.errors import BaseModelError, CheckoutError, CommandError, RatchetError, ServiceError, UserError
 from ratchet.files import read_json, to_json, whole_folder, write_bytes, write_json
 from ratchet.models.loading import adapter_sha256
 from ratchet.models.manifests import MANIFEST, read_base_manifest, read_trained_manifest
 from ratchet.pipeline.checkout import git
+from ratchet.pipeline.integrity import check_manifest
 from ratchet.pipeline.workspace import require_output
 from ratchet.storage.database import find_database
 from ratchet.storage.documents import list_documents, remove_document, write_document
@@ -37,6 +40,8 @@ PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 OLD_LENGTH = 128  # tokens: the default of older releases, whose versions do not record their longest row
 YOUNG_SECONDS = 600.0  # folders younger than this are not removed
 FOLDER = re.compile(r"v(\d+)-[0-9a-f]+")
+FETCHED_AGAIN = "remove it: it is fetched again, from DVC's cache or the hub"
+log = logging.getLogger("ratchet.serving")
 
 
 class Generation(NamedTuple):
@@ -87,13 +92,14 @@ def bundle_candidate(candidate: Path, base: Path, config: Config) -> Bundle:
 
 
 def make_bundle(root: Path, *, name: str, version: int, commit: str, adapter_sha256: str) -> Bundle:
-    """Return the version's bundle; fetch its files if they are not there yet.
+    """Return the version's bundle; fetch its files if they are not there yet, or are damaged.
 
-    Raises CheckoutError: the commit or its files cannot be read; BaseModelError: the files are not those of
-    the ledger.
+    The adapter and the base are read whole and hashed at each call. Raises CheckoutError: the commit or its
+    files cannot be read; DamagedError: nor is there a good copy in DVC's cache; BaseModelError: the files are
+    not those of the ledger.
     """
     folder = root / SERVING / f"v{version}-{adapter_sha256[:12]}"
-    if not _is_whole(root, folder):
+    if not _is_whole(root, folder, adapter_sha256):
         _fetch_commit(root, commit)
         base = _fetch_base(root, commit)
         with whole_folder(folder) as filling:
@@ -105,13 +111,17 @@ def make_bundle(root: Path, *, name: str, version: int, commit: str, adapter_sha
 
 
 def check_adapter(folder: Path, sha256: str) -> None:
-    """Raise BaseModelError for pickled files, custom code, or bytes other than the ledger's."""
+    """Raise BaseModelError for pickled files, custom code, or bytes other than the ledger's.
+
+    Raises DamagedError for files that are not those of the version's manifest.
+    """
     check_harmless(folder)
     if (seen := adapter_sha256(folder)) != sha256:
         raise BaseModelError(
             f"the adapter has sha256 {seen[:12]}…, the ledger says {sha256[:12]}…",
             remedy="dvc pull; if it stays so, the cache is damaged",
         )
+    check_manifest(folder, FETCHED_AGAIN)
 
 
 def check_harmless(folder: Path) -> None:
@@ -192,11 +202,28 @@ def base_hash(root: Path, commit: str) -> str | None:
     return next((out["md5"] for out in outs if out["path"] == "models/base"), None)
 
 
-def _is_whole(root: Path, folder: Path) -> bool:
-    """Return whether the version and its base are both there, since a user may have removed one."""
+def _is_whole(root: Path, folder: Path, sha256: str) -> bool:
+    """Return whether the version and its base are both there with the bytes that were fetched.
+
+    A user may have removed one, and a damaged one is fetched again.
+    """
     if not (folder / CARD).exists():
         return False
-    return (root / SERVING / "bases" / _read_card(folder).base / MANIFEST).exists()
+    base = root / SERVING / "bases" / _read_card(folder).base
+    return _is_good(folder, lambda: check_adapter(folder / "adapter", sha256)) and _is_good_base(base)
+
+
+def _is_good_base(base: Path) -> bool:
+    return (base / MANIFEST).exists() and _is_good(base, lambda: check_manifest(base, FETCHED_AGAIN))
+
+
+def _is_good(folder: Path, check: Callable[[], None]) -> bool:
+    try:
+        check()
+    except UserError as error:
+        log.warning("%s is fetched again: %s", folder.name, " ".join(str(error).split()))
+        return False
+    return True
 
 
 def _read_card(folder: Path) -> Card:
@@ -239,11 +266,12 @@ def _fetch_base(root: Path, commit: str) -> Path:
             remedy="only a commit of a whole retraining can be served",
         )
     base = root / SERVING / "bases" / digest.replace(".", "-")
-    if not base.exists():
+    if not _is_good_base(base):
         with whole_folder(base) as filling:
             filling.rmdir()  # `dvc get` would put its output inside a folder that exists
             require_output(root, commit, "models/base", filling)
             check_harmless(filling)
+            check_manifest(filling, FETCHED_AGAIN)  # weights in the hub's cache did not come with it
     return base
 
 

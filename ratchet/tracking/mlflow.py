@@ -72,6 +72,17 @@ def find_run(experiment: str, run_key: str) -> str | None:
         return str(runs[0].info.run_id) if runs else None
 
 
+def running_runs(experiment: str) -> list[Any]:
+    """Return MLflow's runs of an experiment that are RUNNING. Raises ServiceError."""
+    client = mlflow_client()
+    with mlflow_errors():
+        found = client.get_experiment_by_name(experiment)
+        if found is None:
+            return []
+        wanted = "attributes.status = 'RUNNING'"
+        return list(client.search_runs([found.experiment_id], filter_string=wanted))
+
+
 def mlflow_client() -> Any:
     """Return a client for MLFLOW_TRACKING_URI.
 

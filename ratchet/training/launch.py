@@ -25,6 +25,7 @@ from ratchet.errors import ConfigError, StageError
 from ratchet.files import read_json, write_text
 from ratchet.pipeline.checkout import child_environment
 from ratchet.pipeline.dvc import without_torchrun
+from ratchet.pipeline.processes import find_named, write_name
 from ratchet.tracking.curve import read_history
 from ratchet.training.schedule import Figures, Points
 
@@ -121,7 +122,7 @@ def run_module(
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        write_text(folder / PROCESS, str(process.pid))
+        write_name(folder / PROCESS, process.pid)
         try:
             stopped = _watch(process, follow)
         except BaseException:
@@ -164,9 +165,8 @@ def _kill_tree(process: psutil.Process) -> None:
 
 def _end_orphan(folder: Path) -> None:
     """Kill a training in this folder whose starter was killed, as it would keep writing into the folder."""
-    with suppress(OSError, ValueError, psutil.Error):
-        process = psutil.Process(int((folder / PROCESS).read_text()))
-        if str(folder.absolute()) in " ".join(process.cmdline()):
+    with suppress(OSError, psutil.Error):
+        if process := find_named((folder / PROCESS).read_text(encoding="utf-8")):
             _kill_tree(process)
 
 

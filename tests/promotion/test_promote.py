@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import msgspec
@@ -30,12 +32,13 @@ from ratchet.evaluation.report import Metrics
 from ratchet.models.manifests import TrainedManifest
 from ratchet.pipeline.checkout import git
 from ratchet.pipeline.workspace import open_workspace
-from ratchet.promotion.champion import FILE, Champion, read_champion, read_ledger
+from ratchet.promotion.champion import FILE, PENDING, Champion, alias_is_pending, read_champion, read_ledger
 from ratchet.promotion.verdict import Candidate, Rival, Verdict
-from ratchet.services.status import ledger_lines, read_moves
+from ratchet.reporting.overview import look_around
+from ratchet.services.status import ledger_lines, read_moves, see_status
 from ratchet.tracking.mlflow import KEY_TAG, find_or_create_run, mlflow_client
 from ratchet.tracking.registry import CHALLENGER, CHAMPION, get_alias, get_version, make_version, set_alias
-from tasks.promote import alias_is_pending, follow_alias, promote
+from tasks.promote import follow_alias, promote, reconcile
 from tasks.record import Findings
 
 pytestmark = pytest.mark.filterwarnings(KEPT_CONNECTIONS)
@@ -326,6 +329,49 @@ def test_a_rollback_works_with_mlflow_away_and_the_alias_follows_later(root, mon
     assert follow_alias(root, now, quiet) is True
     assert get_alias("small", CHAMPION) == 1
     assert not alias_is_pending(root)
+
+
+KILLED_ROLLBACK = """
+import os, sys
+from pathlib import Path
+from flows.promotion import roll_back
+from ratchet.config.params import Config
+os.environ["KILLED"] = str(os.getpid())
+roll_back(Path(sys.argv[1]), Config(project={"name": "small"}), reason="worse", say=print)
+"""
+
+
+def test_a_rollback_that_is_killed_as_it_lands_is_told_and_the_next_command_moves_the_alias(root):
+    reign(root, 2)
+    hook = root / ".git/hooks/post-receive"
+    hook.write_text('#!/bin/sh\nkill -9 "$KILLED"\n')
+    hook.chmod(0o755)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", KILLED_ROLLBACK, root], env=environment, check=False)
+    assert done.returncode == -9
+    assert (read_champion(root).version, get_alias("small", CHAMPION)) == (1, 2)
+    assert alias_is_pending(root)
+    around = look_around(root, CONFIG, see_status(root, CONFIG))
+    assert any("MLflow's alias" in line for line in around.wrong)
+    reconcile(root, quiet)
+    assert get_alias("small", CHAMPION) == 1 and not alias_is_pending(root)
+
+
+def test_a_move_that_was_killed_before_it_landed_leaves_a_persons_alias_alone(root):
+    reign(root, 1)
+    write_files(root, {PENDING: "v2\n"})
+    set_alias("small", CHAMPION, register(2, rival=1))
+    reconcile(root, quiet)
+    assert get_alias("small", CHAMPION) == 2 and not alias_is_pending(root)
+
+
+def test_a_promotion_that_could_not_land_leaves_no_note(root):
+    reign(root, 1)
+    number = register(2, rival=1)
+    with pytest.raises(CheckoutError), open_workspace(root, "promote", quiet, keep_failed=0) as workspace:
+        write_files(root, {"params.yaml": "project: {name: small}  # changed\n"})
+        promote(workspace, get_version("small", number), by="Ana", why="better", force=False, say=quiet)
+    assert read_champion(root).version == 1 and not (root / PENDING).exists()
 
 
 def test_a_rollback_leaves_the_users_files_alone(root):

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from places import commit, make_repository, write_files
+from places import commit, flip, make_repository, write_files
 from safetensors.torch import save_file
 
-from ratchet.errors import BaseModelError, CheckoutError, CommandError
-from ratchet.files import write_json
+from ratchet.errors import BaseModelError, CheckoutError, CommandError, DamagedError
+from ratchet.files import sha256_file, write_json
 from ratchet.models.loading import WEIGHTS, adapter_sha256
 from ratchet.pipeline.checkout import dvc, git
 from ratchet.pipeline.dvc import share_cache
@@ -37,7 +37,10 @@ class Made:
         self.bundles = {version: self.bundle(version) for version in (1, 2)}
 
     def _train(self, version: int) -> None:
-        write_json(self._made / "base/manifest.json", {"model": "demo", "revision": None, "context": 256})
+        write_files(self._made, {"base/weights": "numbers"})
+        described = {"model": "demo", "revision": None, "context": 256}
+        files = {"weights": sha256_file(self._made / "base/weights")}
+        write_json(self._made / "base/manifest.json", described | {"files": files})
         make_adapter(self._made / "candidate", strength=version)
         params = f"evaluate:\n  max_new_tokens: {4 + version}\nan_older_key: 1\n"
         write_files(
@@ -155,3 +158,22 @@ def test_old_bundles_and_half_ones_are_forgotten_and_the_base_of_the_others_stay
     assert made.bundle(2).base.exists()
     forget_bundles(made.root, keep=set(), older_than=0)
     assert [path.name for path in (made.root / SERVING).rglob("*")] == ["bases"]
+
+
+@pytest.mark.parametrize("part", ["adapter", "base"])
+def test_a_damaged_copy_is_fetched_again_and_refused_where_the_cache_is_damaged_too(
+    made: Made, part: str
+) -> None:
+    """Its bytes are read at each load: a flipped bit changes neither time nor size nor mode."""
+    weights = {"adapter": made.bundle(1).adapter / WEIGHTS, "base": made.bundle(1).base / "weights"}[part]
+    good = weights.read_bytes()
+    flip(weights)
+    assert {"adapter": made.bundle(1).adapter / WEIGHTS, "base": made.bundle(1).base / "weights"}[
+        part
+    ].read_bytes() == good
+    flip(weights)
+    for stored in (made.root / ".dvc/cache/files/md5").rglob("*"):
+        if stored.is_file() and stored.read_bytes() == good:
+            flip(stored)
+    with pytest.raises(DamagedError, match="rm -f"):
+        made.bundle(1)

@@ -28,9 +28,10 @@ from ratchet.federation.link.certificates import AUTHORITY, CERTIFICATE, KEY, ma
 from ratchet.federation.link.flower import ALIVE_SECONDS, LINK, Control, flower_environment
 from ratchet.files import read_json, write_json, write_text
 from ratchet.pipeline.checkout import locked
+from ratchet.pipeline.processes import find_process
 from ratchet.pipeline.stage import project_root, say
 from ratchet.services.environment import HOST
-from ratchet.services.processes import end_family, find_process
+from ratchet.services.processes import end_family
 from ratchet.services.specs import FEDERATION
 from ratchet.services.supervisor import is_running
 

@@ -1,0 +1,1 @@
+"""Invariants of a living project: each is a function that looks and changes nothing."""

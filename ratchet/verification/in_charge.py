@@ -1,0 +1,87 @@
+"""Everyone who says which version is in charge says the same: ledger, tag, gateway, MLflow."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from ratchet.config.params import Config
+from ratchet.errors import CommandError, ServiceError
+from ratchet.pipeline.checkout import git
+from ratchet.promotion.champion import FILE, alias_is_pending, read_champion, read_ledger
+from ratchet.services.environment import HEALTH, HOST, fetch_from, given_address
+from ratchet.tracking.registry import CHAMPION, get_alias
+from ratchet.verification.finding import Finding, judge
+
+MOVE = "ratchet promote N, or ratchet rollback"
+
+
+def find_ledger(root: Path, config: Config) -> Finding:
+    """Check that champion.json is the ledger's last entry."""
+    champion, entries = read_champion(root), read_ledger(root)
+    last = entries[0][1] if entries else None
+    seen = f"v{champion.version}" if champion else "nobody"
+    faults = [] if champion == last else [f"{FILE} says {seen}, as {champion and champion.at} put it there"]
+    wanted = f"v{last.version} of {last.at}, the newest commit of {FILE}" if last else f"no {FILE}"
+    return judge("ledger", f"{seen}, {len(entries)} entries", faults, wanted, f"git checkout HEAD -- {FILE}")
+
+
+def find_tags(root: Path, config: Config) -> Finding:
+    """Check that every version that was in charge has its tag, at the commit that first put it there."""
+    first = {(entry.name, entry.version): commit for commit, entry in read_ledger(root)}  # the oldest last
+    faults, remedies = [], []
+    for (name, version), commit in first.items():
+        tag = f"model/{name}/v{version}"
+        try:
+            at = git(root, "rev-parse", "--verify", "--quiet", f"refs/tags/{tag}^{{commit}}").strip()
+        except CommandError:
+            at = ""
+        if at != commit:
+            faults.append(f"{tag} is {'at ' + at[:8] if at else 'not there'}")
+            remedies.append(f"git tag --force {tag} {commit[:8]}")
+    return judge(
+        "tags", f"{len(first)} versions", faults, "the commit of the promotion", "; ".join(remedies[:3])
+    )
+
+
+def find_gateway(root: Path, config: Config) -> Finding:
+    """Check that the gateway answers with the champion."""
+    address = given_address("gateway") or f"http://{HOST}:{config.gateway.port}"
+    champion, body = read_champion(root), fetch_from(address, "/readyz")
+    if body is None:
+        healthy = fetch_from(address, HEALTH["gateway"]) is not None
+        if healthy and champion:
+            return Finding(
+                "gateway",
+                "wrong",
+                f"{address} answers nobody",
+                f"v{champion.version}",
+                "ratchet status says why it refuses the version",
+            )
+        return Finding("gateway", "unknown", f"none answers at {address}")
+    version = json.loads(body).get("version")
+    faults = [] if champion and version == champion.version else [f"v{version} answers at {address}"]
+    wanted = f"v{champion.version}" if champion else "nobody"
+    remedy = "it follows within seconds; if it does not: ratchet status, then ratchet down and ratchet up"
+    return judge("gateway", f"v{version} answers", faults, wanted, remedy)
+
+
+def find_alias(root: Path, config: Config) -> Finding:
+    """Check that MLflow's alias is at the champion, or that a note says that it has to follow."""
+    champion, server = read_champion(root), os.environ.get("MLFLOW_TRACKING_URI", "")
+    noted = alias_is_pending(root)
+    away = not server or (server.startswith("http") and fetch_from(server, HEALTH["mlflow"]) is None)
+    try:
+        alias = None if away else get_alias(config.project.name, CHAMPION)
+    except ServiceError:
+        away = True
+    if away:
+        return Finding("alias", "waits" if noted else "unknown", "MLflow does not answer")
+    seen, wanted = (f"v{number}" if number else "nobody" for number in (alias, champion and champion.version))
+    if seen != wanted and noted:
+        return Finding("alias", "waits", f"{seen} in MLflow, to follow {wanted}", "", "ratchet rollout look")
+    faults = [f"{seen} in MLflow"] if seen != wanted else []
+    return judge(
+        "alias", f"{seen} in MLflow", faults, wanted, "ratchet rollout look, which also heeds people"
+    )
