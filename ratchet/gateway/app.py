@@ -29,7 +29,7 @@ from ratchet.gateway import review_page as review
 from ratchet.gateway.completions import FORMS, Completions
 from ratchet.gateway.limits import Gone, read_body
 from ratchet.gateway.routing import Fleet
-from ratchet.gateway.state import Parts, gather_parts, is_loopback
+from ratchet.gateway.state import PROBES, Parts, gather_parts, is_loopback
 from ratchet.monitoring.request_log import RequestLog
 from ratchet.monitoring.request_records import Feedback
 from ratchet.serving.engine import Engine
@@ -64,10 +64,6 @@ def create_app(root: Path, config: Config, engine: Engine, fleet: Fleet, log: Re
     ]
     app = Starlette(routes=routes, lifespan=_lifespan(parts), exception_handlers=_handlers(parts))
     return Guard(app, config.gateway.host)
-
-
-# What a container's or cluster's health checks ask, by an address that only they know. They tell no secret.
-PROBES = ("/healthz", "/readyz")
 
 
 class Guard:
