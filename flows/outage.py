@@ -47,7 +47,7 @@ def run_flow(flow: Flow[..., T], **parameters: Any) -> T:
     @wraps(flow.fn)
     def watched(*arguments: Any, **named: Any) -> T:
         try:
-            value = flow.fn(*arguments, **named)
+            value: T = flow.fn(*arguments, **named)
         except BaseException as error:
             ends.append((None, error))
             raise

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ratchet.config.params import Config, load_config
 from ratchet.errors import RatchetError
+from ratchet.exhaustion import explain
 from ratchet.pipeline.imports import compile_at_first_use
 
 
@@ -43,6 +44,11 @@ def run_stage(
     except RatchetError as error:
         say(f"{type(error).__name__}: {error}", error=True)
         sys.exit(error.exit_code)
+    except Exception as error:
+        if (known := explain(error)) is None:
+            raise
+        say(f"{type(known).__name__}: {known}", error=True)
+        sys.exit(known.exit_code)
 
 
 def project_root(root: str | Path | None = None) -> Path:
