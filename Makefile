@@ -87,7 +87,7 @@ lock: $(VENV)/bin/uv
 	UV=$(BIN)/uv bash requirements/compile.sh
 
 clean-demo:
-	-$(BIN)/ratchet -C .ratchet/demo down
+	-$(BIN)/ratchet -C .ratchet/demo down --force
 	rm -rf .ratchet/demo
 
 $(VENV)/bin/uv:

@@ -14,11 +14,12 @@ from typing import Any
 
 import msgspec
 from prefect import flow, task
-from prefect.artifacts import create_link_artifact, create_markdown_artifact
+from prefect.artifacts import create_link_artifact
 from prefect.cache_policies import NO_CACHE
 
 from flows.console import log_line, say, working
 from flows.events import DRIFTED, artifact_key, tell
+from flows.outage import keep_going, show_artifact
 from ratchet.config.params import Config, load_config
 from ratchet.data.batches import read_manifest
 from ratchet.errors import RatchetError, ServiceError
@@ -174,11 +175,7 @@ def reason_of(found: Recorded) -> str:
 @task(name="show", **SETTINGS)
 def show(home: Path, config: Config, champion: Champion, found: Recorded, folder: Path | None) -> None:
     """Show the verdict as an artifact; put its report into the champion's MLflow run, with a link to it."""
-    create_markdown_artifact(
-        drift_card(found),
-        key=artifact_key(config, "drift"),
-        description=f"{found.verdict} on {found.rows} requests",
-    )
+    show_artifact(config, "drift", drift_card(found), f"{found.verdict} on {found.rows} requests")
     if folder is None or found.p is None:
         return
     try:
@@ -186,6 +183,8 @@ def show(home: Path, config: Config, champion: Champion, found: Recorded, folder
     except ServiceError as error:
         say(f"the report stays in {folder.relative_to(home)}, MLflow has no copy: {error}")
         return
-    create_link_artifact(
-        link, key=artifact_key(config, "drift-report"), description="Evidently's report, in MLflow"
+    key = artifact_key(config, "drift-report")
+    keep_going(
+        lambda: create_link_artifact(link, key=key, description="Evidently's report, in MLflow"),
+        f"the artifact {key} is left out",
     )

@@ -15,15 +15,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 from prefect import flow, task
-from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from flows.console import log_line, say, working
 from flows.data_check import REJECTED, read_rejected
 from flows.erase import follow_all, list_is_pending
-from flows.events import artifact_key
 from flows.execution import Execution
 from flows.ingest import ingest
+from flows.outage import show_artifact
 from flows.retries import can_pass
 from flows.review_queue import queue_doubtful
 from flows.upstream import give_back, take_in
@@ -410,11 +409,7 @@ def publish(workspace: Workspace, found: Findings, config: Config, commit: str, 
         found.decision,
         {"version": f"{config.project.name} v{version.number}", "git commit": commit, "reason": reason},
     )
-    create_markdown_artifact(
-        card,
-        key=artifact_key(config, "gate"),
-        description=f"{config.project.name} v{version.number}: {found.decision.verdict}",
-    )
+    show_artifact(config, "gate", card, f"{config.project.name} v{version.number}: {found.decision.verdict}")
     return version
 
 

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from prefect import flow
-from prefect.artifacts import create_markdown_artifact
 
 from flows.console import say
-from flows.events import artifact_key
 from flows.mlflow_decisions import apply_decisions, is_waiting, take_charge
+from flows.outage import show_artifact
 from ratchet.config.params import Config, load_config
 from ratchet.errors import CheckoutError, RatchetError, ServiceError, UserError
 from ratchet.monitoring.request_log import open_log
@@ -58,10 +57,8 @@ def rollout(root: str | None = None) -> Rollout | None:
     config = load_config(home / "params.yaml")
     seen = look_once(home, config, say)
     if seen:
-        create_markdown_artifact(
-            rollout_card(seen),
-            key=artifact_key(config, "rollout"),
-            description=f"v{seen.version}: {seen.state.replace('_', ' ')}",
+        show_artifact(
+            config, "rollout", rollout_card(seen), f"v{seen.version}: {seen.state.replace('_', ' ')}"
         )
     return seen
 

@@ -13,11 +13,10 @@ from typing import Any, TypedDict
 import msgspec
 import optuna
 from prefect import flow, task
-from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from flows.console import say
-from flows.events import artifact_key
+from flows.outage import show_artifact
 from flows.training_inputs import make_material, open_bench
 from ratchet.config.params import Config, load_config
 from ratchet.errors import RatchetError, ServiceError, StageError
@@ -147,9 +146,10 @@ def conclude(search: Search, home: Path, config: Config, *, apply: bool) -> Summ
     except ServiceError:
         say("MLflow has no whole picture of this study: `ratchet up`, then the same command again")
     if best:
-        create_markdown_artifact(
+        show_artifact(
+            config,
+            "sweep",
             f"```diff\n{summary['diff']}```\n\n`{best.command}`\n",
-            key=artifact_key(config, "sweep"),
-            description=f"{search.unit} {best.value:.4f} (trial {best.number})",
+            f"{search.unit} {best.value:.4f} (trial {best.number})",
         )
     return summary

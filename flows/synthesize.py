@@ -10,12 +10,11 @@ from typing import Any
 
 import msgspec
 from prefect import flow, task
-from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 
 from flows.console import say
-from flows.events import artifact_key
+from flows.outage import show_artifact
 from ratchet.config.params import Config, load_config
 from ratchet.pipeline.stage import project_root
 from ratchet.synthesis.draft import Summary, find_draft, summary_card
@@ -56,10 +55,8 @@ def synthesize(
 @task(name="write", **SETTINGS)
 def write(config: Config, home: Path, wanted: tasks.Wanted, resume: str | None) -> Summary:
     summary = tasks.synthesize(config, home, wanted, say=say, resume=resume)
-    create_markdown_artifact(
-        summary_card(summary),
-        key=artifact_key(config, "synthesis"),
-        description=f"{summary.kept} rows in the draft {summary.draft}",
+    show_artifact(
+        config, "synthesis", summary_card(summary), f"{summary.kept} rows in the draft {summary.draft}"
     )
     return summary
 

@@ -16,7 +16,8 @@ RatchetError               exit code 1: our fault, or the machine's
 ├── SupersededError        another attempt at a stage on another machine has begun; this one is over
 ├── StoppedError           exit code 143: SIGTERM ended the training; its checkpoint is kept
 ├── DivergenceError        a loss, a gradient or a weight is not finite
-└── DiskSpaceError         too little free space for what is about to be written, or the write failed
+├── DiskSpaceError         exit code 2: too little free space for what is to be written, or the write failed
+└── MemoryLimitError       exit code 2: memory ran out
 
 RowError is apart: it rejects one row, which is counted, and stops nothing.
 """
@@ -103,7 +104,11 @@ class StoppedError(RatchetError):
 
 
 class DiskSpaceError(RatchetError):
-    pass
+    exit_code = 2
+
+
+class MemoryLimitError(RatchetError):
+    exit_code = 2
 
 
 class BusyError(RatchetError):

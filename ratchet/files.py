@@ -14,6 +14,11 @@ from typing import Any
 
 from ratchet.errors import DiskSpaceError, RatchetError
 
+ROOM = (
+    "free some room: `ratchet clean` shows and removes what a project can do without, "
+    "`dvc gc --workspace --all-commits` data that no commit names"
+)
+
 
 def write_bytes(path: Path, chunks: Iterable[bytes]) -> None:
     """Write to a temporary name beside `path`, sync, rename: a reader sees the old file or the new one.
@@ -31,7 +36,8 @@ def write_bytes(path: Path, chunks: Iterable[bytes]) -> None:
         temporary.replace(path)
     except OSError as error:
         raise DiskSpaceError(
-            f"cannot write {path}: {error.strerror or error}", remedy="free some room; nothing was changed"
+            f"cannot write {path}: {error.strerror or error}; {describe_room(path)}",
+            remedy=f"{ROOM}; nothing was changed",
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -105,6 +111,15 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(filling, ignore_errors=True)
 
 
+def describe_room(path: Path) -> str:
+    """Say how much is free at `path`, or at the nearest folder above it that exists."""
+    folder = next((one for one in (path, *path.parents) if one.is_dir()), Path("/"))
+    try:
+        return f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB are free at {folder}"
+    except OSError as error:
+        return f"how much is free at {folder} is unknown: {error.strerror or error}"
+
+
 def require_space(folder: Path, needed_bytes: int, what: str) -> None:
     """Raise DiskSpaceError before anything is written, when `folder` has less than `needed_bytes` free."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,6 +128,5 @@ def require_space(folder: Path, needed_bytes: int, what: str) -> None:
         raise DiskSpaceError(
             f"{what} needs about {needed_bytes / 2**20:,.0f} MiB at {folder}, {free / 2**20:,.0f} MiB are "
             "free",
-            remedy="free some room (`dvc gc -w` drops versions of data that no commit needs), then run "
-            "again; finished stages are kept",
+            remedy=f"{ROOM}, then run again; finished stages are kept",
         )

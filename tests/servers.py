@@ -14,7 +14,7 @@ from patience import scaled
 
 
 @contextmanager
-def serving(app: Any, *, drain_seconds: int = 5) -> Iterator[str]:
+def serving(app: Any, *, drain_seconds: int = 5, http: Any = "auto") -> Iterator[str]:
     """The address, `http://127.0.0.1:PORT`, as long as the block runs."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -23,6 +23,7 @@ def serving(app: Any, *, drain_seconds: int = 5) -> Iterator[str]:
                 app,
                 log_config=None,
                 access_log=False,
+                http=http,
                 ws="none",
                 lifespan="on",
                 timeout_graceful_shutdown=drain_seconds,

@@ -130,7 +130,7 @@ def test_too_little_room_is_said_with_both_numbers_before_anything_is_written(tm
         match=r"(?s)the adapter needs about 1,099,511,627,776 MiB at .*models, [\d,]+ MiB are free.*dvc gc",
     ) as caught:
         require_space(tmp_path / "models", 2**60, "the adapter")
-    assert caught.value.exit_code == 1
+    assert caught.value.exit_code == 2
     assert names(tmp_path / "models") == []
 
 

@@ -200,10 +200,11 @@ def take(
 
     require_delivery(find_root())
     root = ready_root()
+    from flows.outage import run_flow
     from flows.take import take as flow
     from ratchet.cli.loop import tell_retrained
 
-    found = flow(root=str(root), reason=reason, personal=personal)
+    found = run_flow(flow, root=str(root), reason=reason, personal=personal)
     show(found._asdict(), as_json, lambda: tell_retrained(found))
 
 

@@ -99,8 +99,10 @@ def ingest(
         return
     root = ready_root()
     from flows.ingest import ingest as flow
+    from flows.outage import run_flow
 
-    done = flow(
+    done = run_flow(
+        flow,
         root=str(root),
         source=source,
         path=path,
@@ -189,10 +191,13 @@ def synthesize(
             remedy="give --resume with --count alone, or start a new draft without --resume",
         )
     root = ready_root(clean=False)
+    from flows.outage import run_flow
     from flows.synthesize import synthesize as flow
     from ratchet.synthesis.draft import summary_lines
 
-    done = flow(root=str(root), mode=mode, documents=documents, seeds=seeds, count=count, resume=resume)
+    done = run_flow(
+        flow, root=str(root), mode=mode, documents=documents, seeds=seeds, count=count, resume=resume
+    )
 
     def tell() -> None:
         say("\n".join(summary_lines(done)))
@@ -234,9 +239,12 @@ def retrain(
         _hand_over(reason, as_json, refused={"--force": force, "--drift": drift})
         return
     root = ready_root()
+    from flows.outage import run_flow
     from flows.retrain import retrain as flow
 
-    done = flow(root=str(root), reason=reason, force=force, topics=_drifted_topics(root) if drift else None)
+    done = run_flow(
+        flow, root=str(root), reason=reason, force=force, topics=_drifted_topics(root) if drift else None
+    )
     show(done._asdict(), as_json, lambda: tell_retrained(done))
 
 
@@ -302,8 +310,9 @@ def monitor(
 
     from flows.monitor import NO_CHAMPION
     from flows.monitor import monitor as flow
+    from flows.outage import run_flow
 
-    found = flow(root=str(root), retrain=not (no_retrain or only_look))
+    found = run_flow(flow, root=str(root), retrain=not (no_retrain or only_look))
 
     def tell() -> None:
         from ratchet.services.status import verdict_lines

@@ -17,6 +17,7 @@ from ratchet.cli.context import Here, add_old_name
 from ratchet.cli.export import export
 from ratchet.cli.retention import retention
 from ratchet.errors import RatchetError, StageError, UserError
+from ratchet.exhaustion import explain
 
 app = typer.Typer(
     name="ratchet",
@@ -68,10 +69,13 @@ def main() -> None:
     except RatchetError as error:
         if Here.debug:
             raise
-        _fail(f"{_kind(error)}: {error}", error.exit_code)
+        known = explain(error) or error
+        _fail(f"{_kind(known)}: {known}", known.exit_code)
     except Exception as error:  # the last resort: a bug, ours or a library's, also ends in one message
         if Here.debug:
             raise
+        if known := explain(error):
+            _fail(f"{_kind(known)}: {known}", known.exit_code)
         remedy = "not foreseen; --debug before the command shows where: ratchet --debug …"
         _fail(f"{type(error).__name__}: {error}\n  → {remedy}", 1)
     except SystemExit as end:

@@ -169,15 +169,20 @@ def up() -> None:
         say(f"{service.name:12} {service.url or ''}")
 
 
-def down() -> None:
-    """Stop what `ratchet up` started here.
+def down(
+    wait: Annotated[bool, typer.Option("--wait", help="Wait first until no run is under way.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Stop although a run is under way.")] = False,
+) -> None:
+    """Stop what `ratchet up` started here, unless a run is under way that needs it.
 
-    Example: ratchet down
+    Example: ratchet down --wait
     """
     from ratchet.services.specs import FEDERATION
-    from ratchet.services.supervisor import is_running, stop_services
+    from ratchet.services.supervisor import NAMES, is_running, require_no_runs, stop_services
 
     root = find_root()
+    if not force and any(is_running(root, name) for name in NAMES):
+        require_no_runs(root, wait=wait, report=say)
     if not stop_services(root, report=say):
         say("nothing of this checkout runs")
     if is_running(root, FEDERATION):

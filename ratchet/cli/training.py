@@ -156,9 +156,10 @@ def sweep(
     Example: ratchet sweep --trials 30
     """
     root = ready_root()
+    from flows.outage import run_flow
     from flows.sweep import sweep as flow
 
-    done = flow(root=str(root), trials=trials, apply=apply)
+    done = run_flow(flow, root=str(root), trials=trials, apply=apply)
     show(done, as_json, lambda: say("\n".join(_proposal(done))))
 
 

@@ -127,7 +127,7 @@ def run_demo(root: Path, *, compare: bool = True) -> None:
     for home in sorted(place.glob("*/params.yaml")):
         ratchet(home.parent, "federate", "down")
     if (place / COORDINATOR / "params.yaml").exists():
-        ratchet(place / COORDINATOR, "down")
+        ratchet(place / COORDINATOR, "down", "--force")
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
     step("1  A coordinator and three nodes: four clones, each with rows of its own, and the same base")

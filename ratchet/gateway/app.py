@@ -17,11 +17,12 @@ from typing import Any
 import msgspec
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ratchet.config.params import Config
 from ratchet.errors import RatchetError
@@ -29,7 +30,7 @@ from ratchet.gateway import review_page as review
 from ratchet.gateway.completions import FORMS, Completions
 from ratchet.gateway.limits import Gone, read_body
 from ratchet.gateway.routing import Fleet
-from ratchet.gateway.state import Parts, gather_parts, is_loopback
+from ratchet.gateway.state import PROBES, Parts, gather_parts, is_loopback
 from ratchet.monitoring.request_log import RequestLog
 from ratchet.monitoring.request_records import Feedback
 from ratchet.serving.engine import Engine
@@ -66,12 +67,11 @@ def create_app(root: Path, config: Config, engine: Engine, fleet: Fleet, log: Re
     return Guard(app, config.gateway.host)
 
 
-# What a container's or cluster's health checks ask, by an address that only they know. They tell no secret.
-PROBES = ("/healthz", "/readyz")
-
-
 class Guard:
-    """A wrapper that refuses what a page of another site could send from a browser on this machine."""
+    """A wrapper that refuses what a page of another site could send from a browser on this machine.
+
+    It also gives every page of our own the headers of PAGE.
+    """
 
     def __init__(self, app: ASGIApp, host: str) -> None:
         self._app = app
@@ -85,7 +85,7 @@ class Guard:
         ):
             await _show(fault)(scope, receive, send)
         else:
-            await self._app(scope, receive, send)
+            await self._app(scope, receive, _as_page(send) if scope.get("method") == "GET" else send)
 
     def _find_fault(self, headers: dict[bytes, bytes], method: str) -> Fault | None:
         host = headers.get(b"host", b"").decode("latin-1")
@@ -105,6 +105,30 @@ class Guard:
                 remedy="send the header `content-type: application/json`",
             )
         return None
+
+
+# A page runs no script, fetches nothing, and stands in no frame, unless its route says otherwise.
+PAGE = {
+    "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:; "
+    "media-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-store",
+}
+
+
+def _as_page(send: Send) -> Send:
+    """Add PAGE to an answer in HTML; headers that its route has set are kept."""
+
+    async def send_on(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(scope=message)
+            if headers.get("content-type", "").startswith("text/html"):
+                for name, value in PAGE.items():
+                    headers.setdefault(name, value)
+        await send(message)
+
+    return send_on
 
 
 def _lifespan(parts: Parts) -> Callable[[Starlette], AbstractAsyncContextManager[None]]:

@@ -54,14 +54,8 @@ def review_page(parts: Parts) -> Callable[[Request], Awaitable[Response]]:
             f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self';"
             " img-src data:; media-src data:"
         )
-        headers = {
-            "content-security-policy": (
-                f"{allowed}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-            ),
-            "x-content-type-options": "nosniff",
-            "referrer-policy": "no-referrer",
-            "cache-control": "no-store",
-        }
+        policy = f"{allowed}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        headers = {"content-security-policy": policy}
         return HTMLResponse(
             await run_in_threadpool(_render, parts.config.project.name, nonce), headers=headers
         )

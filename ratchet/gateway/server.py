@@ -27,7 +27,6 @@ from ratchet.gateway.state import is_loopback
 from ratchet.pipeline.stage import project_root
 
 KEEP_ALIVE_SECONDS = 75  # over the 60 s after which load balancers let go of a quiet connection
-MOST_CONNECTIONS = 2048
 SWITCH_SECONDS = 0.0005
 LISTEN = "RATCHET_GATEWAY_LISTEN"  # address to listen on in place of `gateway.host`
 
@@ -49,6 +48,7 @@ def serve(root: Path, config: Config) -> None:
     import uvicorn
 
     from ratchet.gateway.app import create_app
+    from ratchet.gateway.connections import Connection, most_requests
     from ratchet.gateway.routing import Fleet
     from ratchet.monitoring.request_log import open_log
 
@@ -60,6 +60,7 @@ def serve(root: Path, config: Config) -> None:
     logging.getLogger("ratchet").setLevel(logging.INFO)
     engine = make_engine(config)
     app = create_app(root, config, engine, Fleet(root, config, engine), open_log(root, config))
+    Connection.most = most_requests()
     server = uvicorn.Server(
         uvicorn.Config(
             app,
@@ -69,7 +70,7 @@ def serve(root: Path, config: Config) -> None:
             proxy_headers=False,
             ws="none",
             lifespan="on",
-            limit_concurrency=MOST_CONNECTIONS,
+            http=Connection,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=int(gateway.drain_seconds),
         )

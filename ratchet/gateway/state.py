@@ -21,6 +21,9 @@ from ratchet.monitoring.request_records import Feedback
 from ratchet.serving.engine import Engine
 from ratchet.serving.faults import Fault
 
+# What a container's or cluster's health checks ask, by an address that only they know. They tell no secret.
+PROBES = ("/healthz", "/readyz")
+
 
 @dataclass(frozen=True)
 class Parts:

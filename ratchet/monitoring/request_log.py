@@ -1,7 +1,8 @@
 """Store requests and people's feedback on them, in SQLite or PostgreSQL.
 
 Requests are never written on the path of an answer: there is a bounded queue, and one thread writes in
-batches. While the database is down, records are lost and counted, but every request is answered.
+batches. A kill of the process loses the records of the last GATHER_SECONDS, and those being written. While
+the database is down, records are lost and counted, but every request is answered.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from ratchet.storage.database import find_url
 if TYPE_CHECKING:
     from ratchet.config.params import Config
 
-BATCH, WAIT_SECONDS, BACK_OFF_SECONDS, CLEAN_SECONDS = 500, 0.2, 5.0, 600.0
+BATCH, GATHER_SECONDS, BACK_OFF_SECONDS, CLEAN_SECONDS = 500, 0.05, (0.2, 5.0), 600.0
 REDACTED = "[redacted]"
 log = logging.getLogger("ratchet.monitoring.request_log")
 URL_VARIABLE, FILE = "RATCHET_REQUEST_LOG_URL", Path(".ratchet/requests.db")
@@ -76,7 +77,7 @@ class RequestLog(RequestQueries):
         self._waiting: deque[Logged] = deque()
         self._written = self._dropped = 0
         self._fault = ""
-        self._ended = False
+        self._ended = self._is_down = False
         self._wake, self._lock = threading.Event(), threading.Lock()
         self._thread: threading.Thread | None = None
 
@@ -86,6 +87,8 @@ class RequestLog(RequestQueries):
             self._drop(1)
         else:
             self._waiting.append(record)
+            if not self._is_down:  # then the writer tries again when its pause is over
+                self._wake.set()
         if self._thread is None:
             self.start()
 
@@ -157,11 +160,13 @@ class RequestLog(RequestQueries):
                 self._thread.start()
 
     def _write(self) -> None:
-        pause, next_clean = WAIT_SECONDS, 0.0
+        next_clean, back_off = 0.0, BACK_OFF_SECONDS[0]
         while not self._ended:
-            self._wake.wait(pause)
+            self._wake.wait(back_off if self._is_down else max(0.0, next_clean - time.monotonic()))
+            time.sleep(GATHER_SECONDS)
             self._wake.clear()
-            pause = WAIT_SECONDS if self._drain() else min(2 * pause, BACK_OFF_SECONDS)
+            back_off = min(2 * back_off, BACK_OFF_SECONDS[1]) if self._is_down else BACK_OFF_SECONDS[0]
+            self._is_down = not self._drain()
             if time.monotonic() >= next_clean:
                 next_clean = time.monotonic() + CLEAN_SECONDS
                 self._forget_old()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ratchet.errors import CheckoutError, CommandError, StageError
+from ratchet.exhaustion import LESS_MEMORY, lacks_memory
 from ratchet.pipeline.checkout import Say, child_environment, dvc, git
 from ratchet.pipeline.dag import KEYS, STAGES, write_keys
 from ratchet.pipeline.integrity import cache_folder, read_dvc_config
@@ -78,6 +79,8 @@ def run_stage(workspace: Workspace, stage: str, say: Say) -> bool:
                 f"its process was killed by signal {codes[-1][1:]}"
                 + ("; the same command resumes from the newest checkpoint" if stage == "train" else "")
             )
+            if codes[-1] == f"-{signal.SIGKILL:d}" or any(map(lacks_memory, told)):
+                told.append(f"most likely memory ran out\n  → {LESS_MEMORY}")
         raise StageError(
             f"stage {stage} failed:\n" + "\n".join(told[-12:] or lines[-3:]),
             exit_code=2 if codes[-1:] == ["2"] else 1,

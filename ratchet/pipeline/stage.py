@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ratchet.config.params import Config, load_config
 from ratchet.errors import RatchetError
+from ratchet.exhaustion import explain
 from ratchet.pipeline.imports import compile_at_first_use
 from ratchet.pipeline.integrity import check_inputs, check_manifest
 from ratchet.pipeline.processes import end_with_starter
@@ -49,6 +50,11 @@ def run_stage(
     except RatchetError as error:
         say(f"{type(error).__name__}: {error}", error=True)
         sys.exit(error.exit_code)
+    except Exception as error:
+        if (known := explain(error)) is None:
+            raise
+        say(f"{type(known).__name__}: {known}", error=True)
+        sys.exit(known.exit_code)
 
 
 def _check_inputs(paths: list[Path]) -> None:

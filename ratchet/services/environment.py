@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import http.client
+import logging
 import os
 import tomllib
 from pathlib import Path
@@ -16,6 +17,7 @@ from ratchet.tracking.mlflow import PAGE, PASSWORD
 # MLflow's lines stay out of stdout, which holds a command's result.
 CONSOLE = {
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+    "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",  # else each event that it cannot send is 30 lines on stderr
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "RATCHET_CONSOLE": "1",
@@ -53,6 +55,7 @@ def enter(root: Path, config: Config) -> None:
     for name, value in CONSOLE.items():
         os.environ.setdefault(name, value)
     os.environ.update(service_environment(root, config), RATCHET_ROOT=str(root))
+    logging.raiseExceptions = False  # else each line that Prefect does not take is an error on stderr
     Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)  # Prefect makes the last folder only
 
 

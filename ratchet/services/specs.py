@@ -62,7 +62,13 @@ def _plan_mlflow(root: Path, port: int) -> Plan:
         *("--backend-store-uri", "sqlite:///mlflow.db"),
         *("--artifacts-destination", "./artifacts", "--serve-artifacts"),
     ]
-    listen = ["--host", HOST, "--port", str(port), "--workers", "1", "--uvicorn-opts", "--no-access-log"]
+    # By default MLflow takes `10.*` for an address, so a page of 10.evil.example could ask it after rebinding
+    # its name to 127.0.0.1.
+    names = ",".join(f"{name}{place}" for name in (HOST, "localhost") for place in ("", ":*"))
+    listen = [
+        *("--host", HOST, "--port", str(port), "--workers", "1", "--uvicorn-opts", "--no-access-log"),
+        *("--allowed-hosts", names),
+    ]
     environment = _drop(os.environ, "MLFLOW_") | {
         **NO_TELEMETRY,
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
@@ -92,7 +98,11 @@ def _plan_prefect(root: Path, port: int) -> Plan:
         "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(service_folder(root, "prefect") / "ui"),
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
     }
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)]
+    # `prefect server start` in other words, with our guard around the app.
+    command = [
+        *(sys.executable, "-m", "uvicorn", "--factory", "ratchet.services.prefect_server:create_app"),
+        *("--host", HOST, "--port", str(port), "--log-level", "warning", "--no-server-header"),
+    ]
     return Plan(
         "prefect",
         port,

@@ -26,6 +26,7 @@ from ratchet.errors import RatchetError, ServiceError, UserError
 from ratchet.files import write_bytes
 from ratchet.pipeline.checkout import locked
 from ratchet.pipeline.processes import find_process
+from ratchet.pipeline.workspace import running
 from ratchet.services.environment import (
     HEALTH,
     HOST,
@@ -139,6 +140,23 @@ def is_running(root: Path, name: str) -> bool:
     """Return whether the process of a service runs."""
     record = _read_record(root.resolve(), name)
     return bool(record and _find_process(record))
+
+
+def require_no_runs(root: Path, *, wait: bool, report: Report) -> None:
+    """Raise UserError when a run is under way in a workspace of this checkout, or wait until none is."""
+    told = ""
+    while runs := running(root.resolve()):
+        line = ", ".join(f"`{purpose}` since {start:%H:%M} UTC" for purpose, start in runs)
+        if not wait:
+            raise UserError(
+                f"a run is under way, which would lose its services: {line}",
+                remedy="`ratchet down --wait` stops them after it; with --force, a run that Prefect started "
+                "is cancelled, and one that a command started goes on without MLflow and Prefect",
+            )
+        if line != told:
+            report(f"waits for {line}")
+        told = line
+        time.sleep(1.0)
 
 
 def stop_services(root: Path, *, report: Report) -> list[str]:

@@ -157,7 +157,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     )
     run(place, "git", "commit", "-qam", "Our settings")
     yield place
-    ratchet(place, "down")
+    ratchet(place, "down", "--force")
 
 
 def ask(place: Path, asked: list[Question], users: str) -> dict[tuple[int, str], float]:

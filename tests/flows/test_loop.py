@@ -44,7 +44,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (place / "params.yaml").write_text(render_params(tiny_config()), encoding="utf-8")
     run(place, "git", "commit", "-qam", "Our settings")
     yield place
-    ratchet(place, "down")
+    ratchet(place, "down", "--force")
 
 
 def tiny_config() -> Config:

@@ -58,7 +58,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     run(found.team, "git", "commit", "-qam", "Our settings")
     ratchet(found.team, "up")
     yield found
-    ratchet(found.team, "down")
+    ratchet(found.team, "down", "--force")
 
 
 def _install_act(folder: Path) -> Path:

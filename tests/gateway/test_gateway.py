@@ -798,12 +798,15 @@ def test_the_pages_that_the_page_links_are_served_apart_from_it_and_nothing_else
         assert gateway.get(f"/{path}").status_code == 404, path
 
 
-def test_the_page_is_served(gateway):
-    pytest.importorskip(
-        "ratchet.reporting.dashboard", reason="ratchet/reporting/dashboard.py is not written yet"
-    )
-    page = gateway.get("/")
-
-    assert (
-        page.status_code == 200 and page.headers["content-type"].startswith("text/html") and "v1" in page.text
-    )
+def test_every_page_is_served_so_that_nothing_of_it_can_run_or_be_framed(gateway):
+    write_files(gateway.root, {".ratchet/evaluations/framed.html": "<title>v1: promote</title>"})
+    for path in ("/", "/review", "/evaluations/framed.html"):
+        page = gateway.get(path)
+        policy = page.headers["content-security-policy"]
+        assert page.status_code == 200 and page.headers["content-type"].startswith("text/html"), path
+        assert page.headers["x-content-type-options"] == "nosniff"
+        assert (page.headers["referrer-policy"], page.headers["cache-control"]) == ("no-referrer", "no-store")
+        assert "script-src 'unsafe" not in policy and ("default-src 'none'" in policy or "sandbox" in policy)
+        assert "frame-ancestors 'none'" in policy or "sandbox" in policy, path
+    assert "v1" in gateway.get("/").text
+    assert "content-security-policy" not in gateway.get("/v1/models").headers

@@ -192,10 +192,19 @@ def test_its_links_open_where_the_gateway_serves_it_and_evidentlys_scripts_reach
         assert gateway.get("/evaluations/none.html", auth=("", key)).status_code == 404
         context = browser.new_context(http_credentials={"username": "", "password": key})
         page = context.new_page()
+        complaints: list[str] = []
+        page.on("console", lambda message: complaints.append(message.text))
         page.goto(f"{gateway.url}/")
+        assert page.locator(f"img[src^='{THUMBNAIL}']").first.evaluate("one => one.naturalWidth") > 0
+        assert len(colours(page.locator(".chart").first.screenshot())) >= 4, "styles and charts are let in"
+        page.evaluate("document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=document.title=1>')")
+        page.wait_for_timeout(200)
+        assert page.title() == "pydoc: v3 is in charge" and complaints, "the policy let a script run"
+        complaints.clear()
         page.get_by_role("link", name="Its evaluation").first.click()
         assert page.url == f"{gateway.url}/{EVALUATION}" and page.title() == "v3: reject"
         page.go_back()
+        assert complaints == []
         said: list[str] = []
         page.on("pageerror", lambda error: said.append(str(error)))
         page.get_by_role("link", name="Evidently's report").click()

@@ -1,0 +1,81 @@
+"""Go on without Prefect: it holds a copy of what runs did, so its outage must not cost what a run made."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+import httpx
+from prefect import Flow
+from prefect.artifacts import create_markdown_artifact
+
+from flows.console import console, say
+from flows.events import artifact_key
+from ratchet.config.params import Config
+from ratchet.errors import ServiceError
+
+T = TypeVar("T")
+
+
+def show_artifact(config: Config, name: str, markdown: str, description: str) -> None:
+    """Publish Markdown as the project's artifact `name`; a failure is only reported."""
+    keep_going(
+        lambda: create_markdown_artifact(markdown, key=artifact_key(config, name), description=description),
+        f"the artifact {artifact_key(config, name)} is left out",
+    )
+
+
+def keep_going(work: Callable[[], object], left_out: str) -> None:
+    """Do what only shows something in Prefect; say what is left out where that fails."""
+    try:
+        work()
+    except Exception as error:  # noqa: BLE001  (whatever Prefect's client raises, the run's result is in files)
+        say(f"{left_out}, because Prefect does not take it: {_first_line(error)}")
+
+
+def run_flow(flow: Flow[..., T], **parameters: Any) -> T:
+    """Run a flow and return or raise what its function does, even if Prefect goes away meanwhile.
+
+    Prefect's own call raises its client's error when it cannot store the run's last state. Raises
+    ServiceError when Prefect does not answer at the start.
+    """
+    ends: list[tuple[T | None, BaseException | None]] = []
+
+    @wraps(flow.fn)
+    def watched(*arguments: Any, **named: Any) -> T:
+        try:
+            value: T = flow.fn(*arguments, **named)
+        except BaseException as error:
+            ends.append((None, error))
+            raise
+        ends.append((value, None))
+        return value
+
+    twin = copy.copy(flow)
+    twin.fn = watched
+    try:
+        return twin(**parameters)
+    except Exception as error:
+        if not ends:
+            raise (_no_prefect(error) if isinstance(error, httpx.HTTPError) else error) from None
+        value, raised = ends[-1]
+        if raised is error:
+            raise
+        console.print(f"[dim]Prefect was not told how the run ended: {_first_line(error)}[/dim]", markup=True)
+        if raised is not None:
+            raise raised from None
+        return value  # type: ignore[return-value]  # it is T where nothing was raised
+
+
+def _no_prefect(error: Exception) -> ServiceError:
+    return ServiceError(
+        f"Prefect does not answer at {os.environ.get('PREFECT_API_URL')}: {_first_line(error)}",
+        remedy="`ratchet up` starts it here; otherwise mend or unset PREFECT_API_URL",
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,0 +1,59 @@
+"""A flow whose Prefect goes away keeps what it made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+from prefect import Flow
+
+from flows.outage import keep_going, run_flow
+from ratchet.errors import DataError, ServiceError
+from ratchet.services.processes import free_port
+
+
+class LosesItsServer(Flow[..., Any]):
+    """A flow that runs its function, and whose server then does not take the last state."""
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        try:
+            self.fn(*arguments, **named)
+        finally:
+            raise httpx.ConnectError("All connection attempts failed")
+
+
+def double(number: int) -> int:
+    if number < 0:
+        raise DataError(f"{number} is negative")
+    return 2 * number
+
+
+def test_what_a_flow_returned_or_raised_outlives_its_server(capsys: pytest.CaptureFixture[str]) -> None:
+    lost = LosesItsServer(double)
+    assert run_flow(lost, number=2) == 4
+    assert "Prefect was not told how the run ended" in capsys.readouterr().err
+    with pytest.raises(DataError, match="-1 is negative"):
+        run_flow(lost, number=-1)
+    assert lost.fn is double, "the flow itself is as it was"
+
+
+def test_a_flow_that_could_not_begin_says_which_server_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NeverBegins(Flow[..., Any]):
+        def __call__(self, *_: Any, **__: Any) -> Any:
+            raise httpx.ConnectError("All connection attempts failed")
+
+    monkeypatch.setenv("PREFECT_API_URL", f"http://127.0.0.1:{free_port()}/api")
+    with pytest.raises(ServiceError, match=r"127\.0\.0\.1:.*All connection attempts(?s:.*)ratchet up"):
+        run_flow(NeverBegins(double), number=1)
+
+
+def test_what_only_shows_something_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("flows.outage.say", said.append)
+
+    def refuse() -> None:
+        raise httpx.ReadTimeout("")
+
+    keep_going(refuse, "the artifact pydoc-gate is left out")
+    assert said == ["the artifact pydoc-gate is left out, because Prefect does not take it: ReadTimeout"]
