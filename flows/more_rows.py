@@ -11,6 +11,7 @@ from typing import Any
 
 from flows.console import say
 from flows.ingest import Ingested, ingest
+from flows.outage import run_flow
 from flows.retrain import Retrained, retrain
 from ratchet.errors import UserError
 from ratchet.pipeline.dvc import check_out, stale_stages
@@ -55,7 +56,7 @@ def judge_on_more(root: Path, *, like: str | None = None, **source: Any) -> tupl
                 "another one would be trained and judged",
                 remedy="ratchet retrain; if its verdict is `uncertain`, ratchet gate more",
             )
-    taken = ingest(root=str(root), held_out=True, like=like, **source)
+    taken = run_flow(ingest, root=str(root), held_out=True, like=like, **source)
     if not taken["new"]:
         return taken, None
-    return taken, retrain(root=str(root), reason=f"more rows for the gate: {taken['batch']}")
+    return taken, run_flow(retrain, root=str(root), reason=f"more rows for the gate: {taken['batch']}")
