@@ -262,7 +262,7 @@ def test_forgotten_rows_are_in_no_later_training_and_all_that_learned_from_them_
 def test_an_uncertain_candidate_is_judged_again_on_more_rows_without_a_training(home: Path) -> None:
     params = home / "params.yaml"
     asked = json.loads((home / "reports/evaluation/metrics.json").read_text())["rows"]
-    params.write_text(params.read_text().replace("  min_rows: 20\n", f"  min_rows: {asked + 30}\n"))
+    params.write_text(params.read_text().replace("min_rows: 20 ", f"min_rows: {asked + 30} "))
     run(home, "git", "commit", "-qam", "More rows for a verdict")
     before = json.loads(ratchet(home, "retrain", "--json"))
     assert before["verdict"] == "uncertain"
