@@ -19,7 +19,8 @@ from typing import NamedTuple
 import httpx
 
 from ratchet.config.params import Config
-from ratchet.promotion.champion import alias_is_pending, publish_newer, read_champion
+from ratchet.errors import CheckoutError
+from ratchet.promotion.champion import Champion, alias_is_pending, publish_newer, read_champion
 from ratchet.promotion.rollout import AGAIN, FILE
 from ratchet.storage.documents import read_documents
 from ratchet.tracking.registry import CHAMPION
@@ -56,7 +57,7 @@ class Watcher:
         publish_newer(self._root)
         now, seen = time.monotonic(), see_registry(self._config.project.name)
         documents = read_documents(self._root, [FILE, AGAIN])
-        champion = read_champion(self._root)
+        champion = self._champion()
         waits = (
             seen is None  # looks are due by the clock alone
             or alias_is_pending(self._root)
@@ -72,6 +73,13 @@ class Watcher:
         request_look(self._root, self._config.project.name)
         self._looked, self._seen = now, seen or self._seen
         return True
+
+    def _champion(self) -> Champion | None:
+        """Return the champion; None for a file that holds none, of which a look tells."""
+        try:
+            return read_champion(self._root)
+        except CheckoutError:
+            return None
 
 
 class Seen(NamedTuple):

@@ -24,6 +24,10 @@ MANIFEST, PROFILE = "manifest.json", "profile.json"
 THREADS = 4  # hashing releases Python's lock; more than this read no faster from one disk
 SHOWN = 3  # damaged files named in a message
 GONE = "not there"
+AGAIN = (
+    "`dvc pull` brings a remote's copy, and without a remote the stage that made it makes it again. Rows and "
+    "other data that no stage makes come back from a remote or a backup only"
+)
 
 Hashes = dict[str, str]  # name of a file, relative to the folder ("" for a file itself) → "md5:…", "sha256:…"
 Read = Callable[[str], str | None]  # name of a file of the repository → its text, or None
@@ -209,25 +213,24 @@ def _tell(found: list[Damage]) -> str:
 def _remedy(repository: Path, found: list[Damage], hashes: Hashes, folder: Path) -> str:
     """Say which copy is the damaged one: the cache's, the hub's, or only the one here."""
     if outside := [one.path.resolve() for one in found if not one.path.is_relative_to(folder)]:
-        return f"rm -f {' '.join(map(str, outside))} (in the hub's cache), then `dvc repro --force base` here"
-    objects = []
+        files = " ".join(map(str, outside))
+        return f"rm -f {files} (in the hub's cache), then dvc repro --force --single-item base"
+    damaged, absent = [], False
     for one in found:
         name = str(one.path.relative_to(folder)) if one.path != folder else ""
         algorithm, _, digest = hashes.get(name, "").partition(":")
-        stored = object_path(repository, digest) if digest else None
-        if stored and stored.exists() and _hash(stored, algorithm) != hashes[name]:
-            objects.append(stored)
-    if objects:
-        return _replace(*objects)
-    here = " ".join(str(one.path) for one in found[:SHOWN])
-    return (
-        f"DVC's cache holds good ones: rm -f {here}; dvc checkout. If you changed them on purpose: dvc commit"
-    )
+        stored = object_path(repository, digest)
+        if not digest or not stored.exists():
+            absent = True
+        elif _hash(stored, algorithm) != hashes[name]:
+            damaged.append(stored)
+    if damaged:
+        return _replace(*damaged)
+    here = f"rm -f {' '.join(str(one.path) for one in found[:SHOWN])}"
+    if absent:
+        return f"{here}; DVC's cache holds no other copy: {AGAIN}"
+    return f"DVC's cache holds good ones: {here}; dvc checkout. If you changed them on purpose: dvc commit"
 
 
 def _replace(*objects: Path) -> str:
-    return (
-        f"rm -f {' '.join(map(str, objects))} (the damaged copy in DVC's cache), then run again: `dvc pull` "
-        "brings a remote's copy, and without a remote the stage that made it makes it again. Rows and other "
-        "data that no stage makes come back from a remote or a backup only"
-    )
+    return f"rm -f {' '.join(map(str, objects))} (the damaged copy in DVC's cache), then run again: {AGAIN}"

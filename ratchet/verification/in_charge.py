@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+from datetime import UTC, datetime
 from pathlib import Path
 
 from ratchet.config.params import Config
 from ratchet.errors import CommandError, ServiceError
 from ratchet.pipeline.checkout import git
-from ratchet.promotion.champion import FILE, alias_is_pending, read_champion, read_ledger
+from ratchet.promotion.champion import FILE, Champion, alias_is_pending, read_champion, read_ledger
 from ratchet.services.environment import HEALTH, HOST, fetch_from, given_address
+from ratchet.serving.bundle import read_state
 from ratchet.tracking.registry import CHAMPION, get_alias
 from ratchet.verification.finding import Finding, judge
 
-MOVE = "ratchet promote N, or ratchet rollback"
+LOADING_SECONDS = 600.0  # in which a gateway may still be loading a new champion
 
 
 def find_ledger(root: Path, config: Config) -> Finding:
@@ -46,25 +48,25 @@ def find_tags(root: Path, config: Config) -> Finding:
 
 
 def find_gateway(root: Path, config: Config) -> Finding:
-    """Check that the gateway answers with the champion."""
+    """Check that the gateway answers with the champion; a new one is loaded first, which may take minutes."""
     address = given_address("gateway") or f"http://{HOST}:{config.gateway.port}"
     champion, body = read_champion(root), fetch_from(address, "/readyz")
-    if body is None:
-        healthy = fetch_from(address, HEALTH["gateway"]) is not None
-        if healthy and champion:
-            return Finding(
-                "gateway",
-                "wrong",
-                f"{address} answers nobody",
-                f"v{champion.version}",
-                "ratchet status says why it refuses the version",
-            )
+    if body is None and fetch_from(address, HEALTH["gateway"]) is None:
         return Finding("gateway", "unknown", f"none answers at {address}")
-    version = json.loads(body).get("version")
-    faults = [] if champion and version == champion.version else [f"v{version} answers at {address}"]
+    seen = f"v{json.loads(body).get('version')}" if body else "nobody"
     wanted = f"v{champion.version}" if champion else "nobody"
-    remedy = "it follows within seconds; if it does not: ratchet status, then ratchet down and ratchet up"
-    return judge("gateway", f"v{version} answers", faults, wanted, remedy)
+    state = read_state(root)
+    refused = state.refused.get(wanted) if state else None
+    if champion and seen != wanted and not refused and _age(champion) < LOADING_SECONDS:
+        return Finding("gateway", "waits", f"{seen} answers, {wanted} is being loaded")
+    faults = [f"{seen} answers at {address}{f': {refused}' if refused else ''}"] if seen != wanted else []
+    remedy = "ratchet status says what it refuses and why; else ratchet down, then ratchet up"
+    return judge("gateway", f"{seen} answers", faults, wanted, remedy)
+
+
+def _age(champion: Champion) -> float:
+    """Return for how many seconds it has been in charge."""
+    return (datetime.now(UTC) - datetime.fromisoformat(champion.at)).total_seconds()
 
 
 def find_alias(root: Path, config: Config) -> Finding:

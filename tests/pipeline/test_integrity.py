@@ -117,6 +117,9 @@ def test_a_damaged_copy_beside_a_good_object_is_told_apart(root):
     flip(here)
     with pytest.raises(DamagedError, match=f"cache holds good ones: rm -f {here}"):
         check_inputs(root, ["tokens"])
+    good.unlink()
+    with pytest.raises(DamagedError, match=f"rm -f {here}; DVC's cache holds no other copy"):
+        check_inputs(root, ["tokens"])
 
 
 def test_a_missing_file_and_a_damaged_list_of_files_are_refused(root):

@@ -10,9 +10,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import msgspec
 import pytest
 from places import (
     KEPT_CONNECTIONS,
@@ -34,6 +36,7 @@ from ratchet.models.loading import WEIGHTS, adapter_sha256
 from ratchet.pipeline.checkout import dvc, git
 from ratchet.pipeline.workspace import LANDING, WORKSPACES
 from ratchet.promotion.champion import PENDING, Champion, Data, GateLine, read_champion, write_champion
+from ratchet.serving.bundle import ServingState, write_state
 from ratchet.tracking.mlflow import find_or_create_run, mlflow_client
 from ratchet.tracking.registry import CHAMPION, make_version, set_alias
 from ratchet.verification.finding import Finding
@@ -267,6 +270,19 @@ def test_the_gateways_version_is_compared(
 ) -> None:
     monkeypatch.setattr(Gateway, "version", version)
     assert look(root, "gateway").result == result
+
+
+def test_a_gateway_that_still_loads_a_new_champion_is_waited_for_unless_it_refuses_it(
+    root: Path, gateway: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Gateway, "version", 1)
+    champion = read_champion(root)
+    assert champion
+    write_champion(root, msgspec.structs.replace(champion, at=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"))
+    assert look(root, "gateway").result == "waits"
+    write_state(root, ServingState(refused={"v2": "its bytes are damaged"}))
+    found = look(root, "gateway")
+    assert found.result == "wrong" and "its bytes are damaged" in found.seen
 
 
 def test_the_command_prints_a_line_each_and_its_exit_code_says_whether_all_hold(
