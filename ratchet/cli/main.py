@@ -48,7 +48,7 @@ for command in (
     *(training.base, training.plan, training.changes, training.sweep, training.compare, training.privacy),
     *(retention, export),
     *(promotion.promote, promotion.rollback, promotion.history),
-    *(services.serve, services.worker, services.status, services.report, services.doctor),
+    *(services.serve, services.worker, services.status, services.clean, services.report, services.doctor),
 ):
     app.command()(command)
 add_old_name(app, "ledger", "retention", retention)

@@ -1,4 +1,4 @@
-"""Set up and run: `init`, `params`, `up`, `down`, `worker`, `serve`, `status`, `report`, `doctor`, `keys`."""
+"""Set up and run: `init`, `params`, `up`, `down`, `serve`, `status`, `clean`, `report`, `doctor`, `keys`."""
 
 from __future__ import annotations
 
@@ -254,6 +254,33 @@ def status(
         say("\n".join((describe_all if everything else short)(found, around)))
 
     show(found.to_json(), as_json, tell)
+
+
+def clean(
+    apply: Annotated[bool, typer.Option("--apply", help="Remove what is listed.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List what this checkout can do without, with its size; with --apply remove it.
+
+    Example: ratchet clean --apply
+    """
+    from ratchet.services.cleanup import find_leftovers, remove
+
+    root = find_root()
+    found = find_leftovers(root)
+    for one in found if apply else []:
+        remove(root, one)
+
+    def tell() -> None:
+        for one in found:
+            say(f"{one.size / 2**20:10,.1f} MiB  {one.path.relative_to(root)} ({one.what})")
+        total = f"{sum(one.size for one in found) / 2**20:,.1f} MiB"
+        if not found:
+            say("nothing to remove")
+        else:
+            say(f"{total} removed" if apply else f"{total} can go: ratchet clean --apply")
+
+    show([{"path": str(one.path), "what": one.what, "bytes": one.size} for one in found], as_json, tell)
 
 
 def report(

@@ -42,6 +42,7 @@ COMMANDS = tuple(
         "privacy",
         "retrain",
         "status",
+        "clean",
         "serve",
         "worker",
         "monitor",
