@@ -15,6 +15,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.events import Event
 from prefect.events.clients import PrefectEventsClient
 from prefect.events.worker import EventsWorker
+from prefect.exceptions import TerminationSignal
 
 from flows.console import console, say
 from flows.events import artifact_key
@@ -63,7 +64,8 @@ def run_flow(flow: Flow[..., T], **parameters: Any) -> T:
     """Run a flow and return or raise what its function does, even if Prefect goes away meanwhile.
 
     Prefect's own call raises its client's error when it cannot store the run's last state. Raises
-    ServiceError when Prefect does not answer at the start.
+    ServiceError when Prefect does not answer at the start, and KeyboardInterrupt after a SIGTERM, for which
+    Prefect has an exception of its own.
     """
     ends: list[tuple[T | None, BaseException | None]] = []
 
@@ -83,13 +85,17 @@ def run_flow(flow: Flow[..., T], **parameters: Any) -> T:
     twin.fn = watched
     try:
         return twin(**parameters)
+    except TerminationSignal:
+        raise KeyboardInterrupt from None
     except Exception as error:
         if not ends:
             raise (_no_prefect(error) if isinstance(error, httpx.HTTPError) else error) from None
         value, raised = ends[-1]
         if raised is error:
             raise
-        console.print(f"[dim]Prefect was not told how the run ended: {_first_line(error)}[/dim]", markup=True)
+        console.print(f"Prefect was not told how the run ended: {_first_line(error)}", markup=False)
+        if isinstance(raised, TerminationSignal):
+            raise KeyboardInterrupt from None
         if raised is not None:
             raise raised from None
         return value  # type: ignore[return-value]  # it is T where nothing was raised
