@@ -84,7 +84,8 @@ def run_flow(flow: Flow[..., T], **parameters: Any) -> T:
     twin = copy.copy(flow)
     twin.fn = watched
     try:
-        return twin(**parameters)
+        found: T = twin(**parameters)
+        return found
     except TerminationSignal:
         raise KeyboardInterrupt from None
     except Exception as error:

@@ -69,8 +69,8 @@ def main() -> None:
     except RatchetError as error:
         if Here.debug:
             raise
-        known = explain(error) or error
-        _fail(f"{_kind(known)}: {known}", known.exit_code)
+        told = explain(error) or error
+        _fail(f"{_kind(told)}: {told}", told.exit_code)
     except Exception as error:  # the last resort: a bug, ours or a library's, also ends in one message
         if Here.debug:
             raise
