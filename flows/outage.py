@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import time
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar
@@ -11,6 +12,10 @@ from typing import Any, TypeVar
 import httpx
 from prefect import Flow
 from prefect.artifacts import create_markdown_artifact
+from prefect.events import Event
+from prefect.events.clients import PrefectEventsClient
+from prefect.events.worker import EventsWorker
+from prefect.exceptions import TerminationSignal
 
 from flows.console import console, say
 from flows.events import artifact_key
@@ -18,6 +23,7 @@ from ratchet.config.params import Config
 from ratchet.errors import ServiceError
 
 T = TypeVar("T")
+SILENT_SECONDS = 30.0
 
 
 def show_artifact(config: Config, name: str, markdown: str, description: str) -> None:
@@ -36,11 +42,30 @@ def keep_going(work: Callable[[], object], left_out: str) -> None:
         say(f"{left_out}, because Prefect does not take it: {_first_line(error)}")
 
 
+class BriefEventsClient(PrefectEventsClient):
+    """Prefect's client of events, which loses those that come within SILENT_SECONDS after one was not taken.
+
+    Prefect's own tries each of them ten times: a run of a few minutes took five more to end.
+    """
+
+    _silent_until = 0.0
+
+    async def _emit(self, event: Event) -> None:
+        if time.monotonic() < self._silent_until:
+            return
+        try:
+            await super()._emit(event)
+        except Exception:
+            self._silent_until = time.monotonic() + SILENT_SECONDS
+            raise
+
+
 def run_flow(flow: Flow[..., T], **parameters: Any) -> T:
     """Run a flow and return or raise what its function does, even if Prefect goes away meanwhile.
 
     Prefect's own call raises its client's error when it cannot store the run's last state. Raises
-    ServiceError when Prefect does not answer at the start.
+    ServiceError when Prefect does not answer at the start, and KeyboardInterrupt after a SIGTERM, for which
+    Prefect has an exception of its own.
     """
     ends: list[tuple[T | None, BaseException | None]] = []
 
@@ -54,17 +79,24 @@ def run_flow(flow: Flow[..., T], **parameters: Any) -> T:
         ends.append((value, None))
         return value
 
+    if os.environ.get("PREFECT_API_URL"):
+        EventsWorker.set_client_override(BriefEventsClient, reconnection_attempts=2)
     twin = copy.copy(flow)
     twin.fn = watched
     try:
-        return twin(**parameters)
+        found: T = twin(**parameters)
+        return found
+    except TerminationSignal:
+        raise KeyboardInterrupt from None
     except Exception as error:
         if not ends:
             raise (_no_prefect(error) if isinstance(error, httpx.HTTPError) else error) from None
         value, raised = ends[-1]
         if raised is error:
             raise
-        console.print(f"[dim]Prefect was not told how the run ended: {_first_line(error)}[/dim]", markup=True)
+        console.print(f"Prefect was not told how the run ended: {_first_line(error)}", markup=False)
+        if isinstance(raised, TerminationSignal):
+            raise KeyboardInterrupt from None
         if raised is not None:
             raise raised from None
         return value  # type: ignore[return-value]  # it is T where nothing was raised

@@ -25,6 +25,7 @@ from ratchet.engines import make_engine
 from ratchet.engines.upstream_engine import UpstreamEngine
 from ratchet.files import write_json
 from ratchet.gateway.app import create_app
+from ratchet.gateway.connections import Connection
 from ratchet.gateway.routing import Fleet
 from ratchet.monitoring.request_log import RequestLog, open_log
 from ratchet.promotion.champion import Champion, write_champion
@@ -71,7 +72,8 @@ def running_gateway(
         gateway = {"engine": "openai", "upstream": f"{upstream}/v1", **sections.pop("gateway", {})}
         config = Config.model_validate({"project": {"name": NAME}, "gateway": gateway, **sections})
         engine, log = UpstreamEngine(config), open_log(root, config)
-        url = stack.enter_context(serving(create_app(root, config, engine, Fleet(root, config, engine), log)))
+        app = create_app(root, config, engine, Fleet(root, config, engine), log)
+        url = stack.enter_context(serving(app, http=Connection))
         running = Gateway(
             url,
             root,

@@ -48,7 +48,8 @@ for command in (
     *(training.base, training.plan, training.changes, training.sweep, training.compare, training.privacy),
     *(retention, export),
     *(promotion.promote, promotion.rollback, promotion.history),
-    *(services.serve, services.worker, services.status, services.verify, services.report, services.doctor),
+    *(services.serve, services.worker, services.status, services.verify),
+    *(services.clean, services.report, services.doctor),
 ):
     app.command()(command)
 add_old_name(app, "ledger", "retention", retention)
@@ -69,8 +70,8 @@ def main() -> None:
     except RatchetError as error:
         if Here.debug:
             raise
-        known = explain(error) or error
-        _fail(f"{_kind(known)}: {known}", known.exit_code)
+        told = explain(error) or error
+        _fail(f"{_kind(told)}: {told}", told.exit_code)
     except Exception as error:  # the last resort: a bug, ours or a library's, also ends in one message
         if Here.debug:
             raise

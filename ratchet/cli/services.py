@@ -1,4 +1,4 @@
-"""Set up, run and look: `init`, `params`, `up`, `down`, `worker`, `serve`, `status`, `verify`, `doctor` …"""
+"""Set up, run and look: `init`, `up`, `down`, `serve`, `status`, `verify`, `clean`, `doctor` and others."""
 
 from __future__ import annotations
 
@@ -277,6 +277,33 @@ def verify(as_json: Json = False) -> None:
     show(findings, as_json, lambda: None)
     if any(finding.result == "wrong" for finding in findings):
         raise typer.Exit(1)
+
+
+def clean(
+    apply: Annotated[bool, typer.Option("--apply", help="Remove what is listed.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List what this checkout can do without, with its size; with --apply remove it.
+
+    Example: ratchet clean --apply
+    """
+    from ratchet.services.cleanup import find_leftovers, remove
+
+    root = find_root()
+    found = find_leftovers(root)
+    for one in found if apply else []:
+        remove(root, one)
+
+    def tell() -> None:
+        for one in found:
+            say(f"{one.size / 2**20:10,.1f} MiB  {one.path.relative_to(root)} ({one.what})")
+        total = f"{sum(one.size for one in found) / 2**20:,.1f} MiB"
+        if not found:
+            say("nothing to remove")
+        else:
+            say(f"{total} removed" if apply else f"{total} can go: ratchet clean --apply")
+
+    show([{"path": str(one.path), "what": one.what, "bytes": one.size} for one in found], as_json, tell)
 
 
 def report(

@@ -56,6 +56,17 @@ PLACEHOLDERS = frozenset(  # passwords in example URLs, which are no secrets
         "test",
     ]
 )
+# `password=…`, `"api_key": "…"` and the like; what is assigned is judged by `_is_chosen`.
+ASSIGNED = re.compile(
+    r"(?<![A-Za-z])((?:passw(?:or)?d|passphrase|pwd|secret|api[_-]?key"
+    r"|(?:access|auth|private|secret|signing)[_-]?(?:key|token))[\"'`]?[ \t]{0,3}(?::=|=>|=|:)[ \t]{0,3}"
+    r"(?P<quote>[\"'`]?))(?P<value>[^\s\"'`,;<>(){}\[\]]{8,200})(?![(\[{<\w])",
+    re.IGNORECASE,
+)
+DUMMY = re.compile(
+    r"example|change.?me|your|x{4}|\*{3}|\.{3}|placeholder|dummy|redacted|masked|hidden", re.IGNORECASE
+)
+REFERENCE = re.compile(r"[$%@/~.]|https?:|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+$|(?:env|vault|arn|sha\d+|file):")
 PIECE, OVERLAP = 4000, 500  # characters; pieces, because some plugins' expressions take quadratic time
 SHORTEST = 8  # characters; a shorter match of a plugin is not replaced everywhere in the text
 RANDOM_BITS = 4.4  # of entropy a character, at least: hexadecimal has at most 4, words in CamelCase about 4
@@ -96,6 +107,8 @@ ENTITY, LEAST_SCORE = "PERSON", 0.5
 
 def find_secret(text: str) -> str | None:
     """Return the kind of the first secret found in the text, or None."""
+    if any(_is_chosen(match) for match in ASSIGNED.finditer(text)):
+        return "password or key that is assigned"
     if not SUSPECT.search(text):
         return None
     if PREFIXES.search(text):
@@ -123,6 +136,7 @@ def redact(text: str, by: str) -> str:
                 "|".join(re.escape(value) for value in sorted(values, key=len, reverse=True))
             ).sub(by, text)
         text = RANDOM.sub(lambda match: by if _is_random(match) else match.group(), text)
+    text = ASSIGNED.sub(lambda match: match[1] + by if _is_chosen(match) else match.group(), text)
     masked, kinds = mask_personal(text)
     for kind in kinds:
         masked = masked.replace(MASK.format(kind), by)
@@ -145,6 +159,24 @@ def _pieces(text: str) -> Iterator[str]:
 
 def _is_password(text: str) -> bool:
     return text.lower() not in PLACEHOLDERS and text[0] not in "{<$%*[" and len(set(text)) > 1
+
+
+def _is_chosen(match: re.Match[str]) -> bool:
+    """Tell whether what is assigned looks chosen as a password, not like a word, a name or a reference.
+
+    It has a digit and a letter, and in quotes or after `=` nothing more is asked; after a colon, as in prose,
+    also both cases or a sign.
+    """
+    value = match["value"].rstrip(".!?")
+    if len(value) < SHORTEST or DUMMY.search(value) or REFERENCE.match(value) or len(set(value)) < 5:
+        return False
+    if value.lower().strip("0123456789_-") in PLACEHOLDERS or not (
+        re.search(r"\d", value) and re.search(r"[A-Za-z]", value)
+    ):
+        return False
+    is_prose = not match["quote"] and match[1].rstrip().endswith(":")
+    is_mixed = re.search("[a-z]", value) and re.search("[A-Z]", value)
+    return not is_prose or bool(is_mixed) or re.search(r"[^\w.-]", value) is not None
 
 
 @cache

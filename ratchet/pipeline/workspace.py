@@ -124,6 +124,12 @@ def _set_aside(root: Path, path: Path, purpose: str, keep: int, say: Say) -> Non
 
 def _drop_failed(root: Path, purpose: str, keep: int) -> None:
     for path in [path for path in failed_workspaces(root) if f"-{purpose}-" in path.name][keep:]:
+        drop_workspace(path)
+
+
+def drop_workspace(path: Path) -> None:
+    """Remove a workspace, unless a run works in it."""
+    if not _is_in_use(path):
         shutil.rmtree(path, ignore_errors=True)
         _lock(path).unlink(missing_ok=True)
 

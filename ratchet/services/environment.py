@@ -18,6 +18,7 @@ from ratchet.tracking.mlflow import PAGE, PASSWORD
 CONSOLE = {
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",  # else each event that it cannot send is 30 lines on stderr
+    "PREFECT_CLIENT_MAX_RETRIES": "3",  # with 5, each call took 75 s when the server had gone away
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "RATCHET_CONSOLE": "1",

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 FEDERATION = "federation"  # the service's name
 GRACE_SECONDS = 8.0  # from SIGTERM to the next signal
+KEEP_RUNS_DAYS, KEEP_EVENTS_DAYS = 30, 2  # in Prefect's database
 LAST_WORDS_SECONDS = 20.0  # for the gateway to close its engine and write its log, after its last answer
 
 
@@ -93,6 +94,10 @@ def _plan_prefect(root: Path, port: int) -> Plan:
         "PREFECT_SERVER_API_CSRF_PROTECTION_ENABLED": "true",
         # In memory, a restart would leave the slot of a crashed run taken.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+        # By default runs are kept for ever, and events for a week.
+        "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
+        "PREFECT_SERVER_SERVICES_DB_VACUUM_RETENTION_PERIOD": str(KEEP_RUNS_DAYS * 86_400),
+        "PREFECT_SERVER_EVENTS_RETENTION_PERIOD": f"P{KEEP_EVENTS_DAYS}D",
         "PREFECT_SERVER_UI_API_URL": prefect_api(port),
         # By default it writes into the installed package.
         "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(service_folder(root, "prefect") / "ui"),

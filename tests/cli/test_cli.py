@@ -43,6 +43,7 @@ COMMANDS = tuple(
         "retrain",
         "status",
         "verify",
+        "clean",
         "serve",
         "worker",
         "monitor",

@@ -118,6 +118,13 @@ SECRETS = [
     JWT,
     "https://ana:hunter22@example.org/x",
     "redis://:hunter2secret@host:6379/0",
+    "password=" + "hunter2horse",
+    "PWD = " + "kestrel-41-amber",
+    "DB_PASSWORD: '" + "s3kr1tvalue" + "'",
+    '{"client_secret": "' + "9f8e7d6c5b4a3210" + '"}',
+    "Password: " + "Tr0ub4dor&3",
+    "api_key=" + "k7f3m9q2w8",
+    "my passwd:=" + "Winter2026!",
     "token: q9Zx3LmT7vRwK2pYb5NcG8dHs4JfW6eA" + "uV0tQ1",
 ]
 PERSONAL = [
@@ -598,6 +605,19 @@ def test_the_request_log_writes_down_none_of_these_either(value):
         "AbstractSingletonProxyFactoryBeanGenerator",
         "2 3 5 7 11 13 17 19 23 29 31 37 41",
         "ISBN 978-3-16-148410-0",
+        "password=reset instructions",
+        "How do I change my password? password: instructions",
+        "password=PASSWORD1 or password=your_password1",
+        "password=${DB_PASSWORD1}, pwd=$PASSWORD_2, secret: {{ secret_1 }}, password=%(password1)s",
+        "password = os.environ['DB_PASSWORD1'] and api_key=settings.api_key_v2",
+        "password=get_password2(user)",
+        "socket.connect(user='', passwd='', acct='')",
+        "password=hunter2",
+        "secret: /run/secrets/db1, password: at-least-8-characters",
+        "password=xxxxxxxx1 password='changeme123' api_key=example12345",
+        "password=12345678",
+        "passwordless=version2login",
+        "the key=value1234 pairs, the monkey: banana12345",
     ],
 )
 def test_plain_texts_hold_neither_secrets_nor_personal_data(text):

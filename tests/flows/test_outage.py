@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import httpx
 import pytest
 from prefect import Flow
+from prefect.exceptions import TerminationSignal
 
 from flows.outage import keep_going, run_flow
 from ratchet.errors import DataError, ServiceError
@@ -46,6 +48,19 @@ def test_a_flow_that_could_not_begin_says_which_server_is_silent(monkeypatch: py
     monkeypatch.setenv("PREFECT_API_URL", f"http://127.0.0.1:{free_port()}/api")
     with pytest.raises(ServiceError, match=r"127\.0\.0\.1:.*All connection attempts(?s:.*)ratchet up"):
         run_flow(NeverBegins(double), number=1)
+
+
+@pytest.mark.parametrize("kind", [LosesItsServer, Flow])
+def test_a_sigterm_is_an_interruption_whether_prefect_answers_or_not(
+    kind: type[Flow[..., Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end() -> None:
+        raise TerminationSignal(signal=signal.SIGTERM)
+
+    if kind is Flow:
+        monkeypatch.setattr(Flow, "__call__", lambda flow: flow.fn())
+    with pytest.raises(KeyboardInterrupt):
+        run_flow(kind(end))
 
 
 def test_what_only_shows_something_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
