@@ -214,6 +214,14 @@ def test_what_breaks_an_invariant_is_found(
     assert found.result == "wrong" and seen in found.seen and found.remedy
 
 
+def test_after_a_cut_landing_the_remedy_is_another_command(root: Path) -> None:
+    lose_batch(root)
+    cut_landing(root)
+    wrong = {one.name: one.remedy for one in verify(root, CONFIG) if one.result == "wrong"}
+    assert wrong.keys() == {"batches", "data", "half-written", "checkout"}
+    assert all("any other command" in remedy for remedy in wrong.values())
+
+
 def test_a_process_that_works_on_in_the_workspace_of_a_killed_run_is_found(root: Path) -> None:
     leave_workspace(root)
     (folder,) = (root / WORKSPACES).iterdir()
