@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import httpx
 from prefect import Flow
@@ -89,17 +89,17 @@ def run_flow(flow: Flow[..., T], **parameters: Any) -> T:
     except TerminationSignal:
         raise KeyboardInterrupt from None
     except Exception as error:
-        if not ends:
-            raise (_no_prefect(error) if isinstance(error, httpx.HTTPError) else error) from None
-        value, raised = ends[-1]
-        if raised is error:
+        if not ends and isinstance(error, httpx.HTTPError):
+            raise _no_prefect(error) from None
+        if not ends or ends[-1][1] is error:
             raise
         console.print(f"Prefect was not told how the run ended: {_first_line(error)}", markup=False)
-        if isinstance(raised, TerminationSignal):
-            raise KeyboardInterrupt from None
-        if raised is not None:
-            raise raised from None
-        return value  # type: ignore[return-value]  # it is T where nothing was raised
+    value, raised = ends[-1]
+    if isinstance(raised, TerminationSignal):
+        raise KeyboardInterrupt
+    if raised is not None:
+        raise raised
+    return cast(T, value)
 
 
 def _no_prefect(error: Exception) -> ServiceError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import resource
 import sqlite3
@@ -82,17 +83,18 @@ def test_other_errors_and_ours_are_left_as_they_are() -> None:
         assert explain(error) is None
 
 
-@pytest.mark.skipif(not FULL.exists(), reason="only Linux has /dev/full")
-def test_a_library_that_meets_a_full_disk_is_understood(tmp_path: Path) -> None:
+@pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
+def test_pyarrow_on_a_full_disk_is_understood() -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with pytest.raises(OSError) as caught:
+    with pytest.raises(OSError) as caught:  # its text is what is examined
         pq.write_table(pa.table({"a": list(range(100_000))}), str(FULL))
     assert isinstance(explain(caught.value), DiskSpaceError)
 
-    (tmp_path / "requests.db").touch()
-    with sqlite3.connect(tmp_path / "requests.db") as database:
+
+def test_sqlite_that_may_not_grow_is_understood(tmp_path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / "requests.db")) as database:
         database.execute("create table a (b)")
         database.execute("pragma max_page_count = 3")
         with pytest.raises(sqlite3.OperationalError) as full:
