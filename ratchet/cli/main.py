@@ -48,6 +48,7 @@ for command in (
     *(retention, export),
     *(promotion.promote, promotion.rollback, promotion.history),
     *(services.serve, services.worker, services.status, services.verify, services.report, services.doctor),
+    *(services.backup, services.restore),
 ):
     app.command()(command)
 add_old_name(app, "ledger", "retention", retention)

@@ -43,6 +43,8 @@ COMMANDS = tuple(
         "retrain",
         "status",
         "verify",
+        "backup",
+        "restore",
         "serve",
         "worker",
         "monitor",
