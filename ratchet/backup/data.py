@@ -7,6 +7,7 @@ it reads that commit's own `.dvc/config`. So the remote is asked here for every 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from ratchet.pipeline.dvc import configured_remote
 from ratchet.pipeline.integrity import object_path, read_dvc_config
 from ratchet.tracking.mlflow import PASSWORD
 
+USER_PASSWORD = re.compile(r"//([^/@:\s]*):[^/@\s]*@")
 LOCK, STAGES = "dvc.lock", "dvc.yaml"
 
 
@@ -120,7 +122,14 @@ def find_remote(root: Path) -> Remote | None:
     url = next(filter(None, known), "").strip("\"'")
     if url and "://" not in url and not url.startswith(("/", "~")):
         url = str((root / ".dvc" / url).resolve())
-    return Remote(name, PASSWORD.sub("//", url))
+    return Remote(name, without_password(url))
+
+
+def without_password(url: str) -> str:
+    """Return a URL without what lets one in: in https a name alone may be a token, in ssh it is none."""
+    if url.startswith("ssh://"):
+        return USER_PASSWORD.sub(r"//\1@", url)
+    return PASSWORD.sub("//", url)
 
 
 def _parse(text: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from ratchet.backup.data import (
     objects_of,
     outputs_at,
     read_history,
+    without_password,
 )
 from ratchet.backup.state import pack_state, secrets_of
 from ratchet.config.params import Config
@@ -30,7 +31,6 @@ from ratchet.pipeline.checkout import Say, git, locked
 from ratchet.pipeline.integrity import manifest_hashes, object_path
 from ratchet.promotion.champion import read_champion, read_ledger
 from ratchet.storage.database import find_database
-from ratchet.tracking.mlflow import PASSWORD
 
 GIT = "git/repository.bundle"
 DATA = "data"  # a folder as `.dvc/cache/files/md5`
@@ -157,7 +157,7 @@ def _lost_at(root: Path, history: History, stored: Stored, outputs: list[Output]
 def _git_remotes(root: Path) -> dict[str, str]:
     names = git(root, "remote").split()
     urls = {name: git(root, "remote", "get-url", name).strip() for name in names}
-    return {name: PASSWORD.sub("//", url) if "://" in url else url for name, url in urls.items()}
+    return {name: without_password(url) for name, url in urls.items()}
 
 
 def _left_out(root: Path, config: Config) -> list[str]:

@@ -18,6 +18,7 @@ from places import commit, flip, make_repository, use_git_without_a_user, write_
 from typer.testing import CliRunner
 
 from ratchet.backup.archive import MANIFEST, Manifest, packing, unpacking
+from ratchet.backup.data import without_password
 from ratchet.backup.make import DATA, GIT, back_up
 from ratchet.backup.restore import restore
 from ratchet.backup.state import STATE, state_files
@@ -164,6 +165,13 @@ def test_data_that_the_remote_holds_stay_there_and_what_a_push_left_behind_is_pa
     assert (place / "rows").read_text() == "new rows\n"
     whole = back_up(root, CONFIG, tmp_path / "whole.tar.gz", quiet, whole=True)
     assert sum(name.startswith(DATA) for name in whole.files) == len(here) and whole.data_remote is None
+
+
+def test_a_remotes_address_is_kept_without_what_lets_one_in() -> None:
+    kept = ["ssh://git@host/x", "git@host:x", "/mnt/x", "s3://bucket/x", "https://host/x"]
+    given = [*kept[:4], "https://token@host/x"]
+    assert [without_password(url) for url in given] == kept
+    assert without_password("ssh://ana:secret@host/x") == "ssh://ana@host/x"
 
 
 def test_lost_data_are_told_with_the_version_that_needs_them_and_damaged_ones_are_refused(
