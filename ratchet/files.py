@@ -120,6 +120,36 @@ def describe_room(path: Path) -> str:
         return f"how much is free at {folder} is unknown: {error.strerror or error}"
 
 
+def own_files(folder: Path) -> None:
+    """Make every file below `folder` its own: a link that leads to a file becomes a hard link to its bytes,
+    or a copy where that file is on another filesystem.
+
+    A file keeps its name throughout, so a reader never misses it. A link that leads nowhere stays. Raises
+    DiskSpaceError.
+    """
+    for path in sorted(folder.rglob("*")):
+        if not path.is_symlink() or not path.is_file():
+            continue
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        try:
+            _link_or_copy(path.resolve(), temporary)
+            temporary.replace(path)
+        except OSError as error:
+            raise DiskSpaceError(
+                f"cannot write {path}: {error.strerror or error}",
+                remedy="free some room; nothing was changed",
+            ) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another filesystem, or one without hard links
+        shutil.copy2(source, target)
+
+
 def require_space(folder: Path, needed_bytes: int, what: str) -> None:
     """Raise DiskSpaceError before anything is written, when `folder` has less than `needed_bytes` free."""
     folder.mkdir(parents=True, exist_ok=True)

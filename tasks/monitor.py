@@ -21,7 +21,7 @@ import msgspec
 from ratchet.config.params import Config
 from ratchet.data.examples import Example, normalise, read_examples
 from ratchet.data.words import terms_of
-from ratchet.files import sha256_file, whole_folder, write_bytes, write_json
+from ratchet.files import own_files, sha256_file, whole_folder, write_bytes, write_json
 from ratchet.media.store import FOLDER as MEDIA
 from ratchet.media.store import MediaStore
 from ratchet.monitoring.drift import PROMPTS, judge
@@ -92,6 +92,7 @@ def read_reference(root: Path, config: Config, champion: Champion) -> Reference:
             kept = [path for path in sorted(filling.rglob("*")) if path.is_file()]
             files = {path.relative_to(filling).as_posix(): sha256_file(path) for path in kept}
             write_json(filling / MANIFEST, {"files": files})
+    own_files(folder)  # DVC's cache may have given links, in earlier releases as well
     return load_reference(folder / "prepared", folder / "evaluation")
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from ratchet.errors import DiskSpaceError, RatchetError
 from ratchet.files import (
+    own_files,
     read_json,
     require_space,
     sha256_file,
@@ -89,6 +90,18 @@ def test_a_folder_whose_block_fails_leaves_the_old_one(tmp_path, error):
         raise error
     assert names(tmp_path / "base") == ["old"]
     assert names(tmp_path) == ["base"]
+
+
+def test_links_out_of_a_folder_become_files_of_their_own_and_those_that_lead_nowhere_stay(tmp_path):
+    (tmp_path / "cache").write_text("bytes")
+    folder = tmp_path / "kept"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "inner/link").symlink_to(tmp_path / "cache")
+    (folder / "gone").symlink_to(tmp_path / "nowhere")
+    own_files(folder)
+    (tmp_path / "cache").unlink()
+    assert (folder / "inner/link").read_text() == "bytes" and not (folder / "inner/link").is_symlink()
+    assert (folder / "gone").is_symlink() and names(folder) == ["gone", "inner"]
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])

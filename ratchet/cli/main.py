@@ -50,6 +50,7 @@ for command in (
     *(promotion.promote, promotion.rollback, promotion.history),
     *(services.serve, services.worker, services.status, services.verify),
     *(services.clean, services.report, services.doctor),
+    *(services.backup, services.restore),
 ):
     app.command()(command)
 add_old_name(app, "ledger", "retention", retention)

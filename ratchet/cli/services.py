@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from ratchet.cli.context import Json, find_root, read_config, say, show
+from ratchet.cli.context import Json, find_root, name_version, note, read_config, say, show
 from ratchet.errors import ConfigError, UserError
 
 keys = typer.Typer(help="The gateway's API keys.", no_args_is_help=True, rich_markup_mode=None)
@@ -304,6 +304,59 @@ def clean(
             say(f"{total} removed" if apply else f"{total} can go: ratchet clean --apply")
 
     show([{"path": str(one.path), "what": one.what, "bytes": one.size} for one in found], as_json, tell)
+
+
+def backup(
+    file: Annotated[Path, typer.Argument(help="The archive to write, a .tar.gz; it must not exist yet.")],
+    whole: Annotated[
+        bool, typer.Option("--whole", help="Pack the data that DVC's remote holds as well.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Write the whole project into one file: git, data, registry, request log, reviews. Services may run on.
+
+    The file holds people's texts. It holds no secret: what is left out is printed.
+
+    Example: ratchet backup ../claims-2026-03-01.tar.gz
+    """
+    from ratchet.backup.make import back_up
+
+    root = find_root()
+    made = back_up(root, read_config(root), file.absolute(), note, whole=whole)
+
+    def tell() -> None:
+        size = file.stat().st_size / 2**20
+        say(f"{file}: {len(made.files)} files, {size:,.1f} MiB, commit {made.commit[:8]} of {made.branch}")
+        _tell_gaps(made.left_out, made.missing)
+
+    show(made, as_json, tell)
+
+
+def restore(
+    file: Annotated[Path, typer.Argument(help="An archive that `ratchet backup` wrote.")],
+    into: Annotated[
+        Path | None,
+        typer.Option(help="An empty folder, or a new one; otherwise a new one of the project's name."),
+    ] = None,
+) -> None:
+    """Restore a backup at any path. Every file is checked before anything is put in place.
+
+    Example: ratchet restore claims-2026-03-01.tar.gz --into claims
+    """
+    from ratchet.backup.restore import restore as put_back
+
+    place, made = put_back(file.absolute(), into.absolute() if into else None, note)
+    champion = name_version(made.champion)
+    say(f"{place}: {made.project} as of {made.at}, commit {made.commit[:8]}, {champion} in charge")
+    _tell_gaps(made.left_out, made.missing)
+    say(f"next: cd {place} && make install, then ratchet verify, then ratchet up")
+
+
+def _tell_gaps(left_out: list[str], missing: list[str]) -> None:
+    for one in left_out:
+        say(f"left out  {one}")
+    for one in missing:
+        say(f"MISSING   {one}")
 
 
 def report(

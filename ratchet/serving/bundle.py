@@ -1,7 +1,8 @@
 """Make a version ready to serve: put adapter, template, tokenizer and settings of one commit into one folder.
 
 The files come from the commit that made them (git and DVC), so serving and rollback work while MLflow is
-down. They are kept in `.ratchet/serving`, completely or not at all; serving from there needs no service.
+down. They are kept in `.ratchet/serving`, completely or not at all; serving from there needs no service, and
+no link leads out of it, so it serves on after `dvc gc` and when the checkout is moved.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 from ruamel.yaml import YAML
 
-from ratchet.errors import BaseModelError, CheckoutError, CommandError, RatchetError, ServiceError, UserError
-from ratchet.files import read_json, to_json, whole_folder, write_bytes, write_json
+from ratchet.errors import BaseModelError, CheckoutError, CommandError, RatchetError, ServiceError
+from ratchet.files import own_files, read_json, to_json, whole_folder, write_bytes, write_json
 from ratchet.models.loading import adapter_sha256
 from ratchet.models.manifests import MANIFEST, read_base_manifest, read_trained_manifest
 from ratchet.pipeline.checkout import git
@@ -107,7 +108,10 @@ def make_bundle(root: Path, *, name: str, version: int, commit: str, adapter_sha
             check_adapter(filling / "adapter", adapter_sha256)
             card = _read_settings(root, commit, base.name, filling / "adapter")
             write_json(filling / CARD, msgspec.to_builtins(card))
-    return _read_bundle(root, folder, name, version)
+    bundle = _read_bundle(root, folder, name, version)
+    own_files(bundle.adapter)  # DVC's cache may have given links, in earlier releases as well
+    own_files(bundle.base)
+    return bundle
 
 
 def check_adapter(folder: Path, sha256: str) -> None:
@@ -220,7 +224,7 @@ def _is_good_base(base: Path) -> bool:
 def _is_good(folder: Path, check: Callable[[], None]) -> bool:
     try:
         check()
-    except UserError as error:
+    except (RatchetError, OSError) as error:  # such as a link to a file that is gone
         log.warning("%s is fetched again: %s", folder.name, " ".join(str(error).split()))
         return False
     return True

@@ -44,6 +44,8 @@ COMMANDS = tuple(
         "status",
         "verify",
         "clean",
+        "backup",
+        "restore",
         "serve",
         "worker",
         "monitor",

@@ -177,3 +177,31 @@ def test_a_damaged_copy_is_fetched_again_and_refused_where_the_cache_is_damaged_
             flip(stored)
     with pytest.raises(DamagedError, match="rm -f"):
         made.bundle(1)
+
+
+def test_a_bundle_has_files_of_its_own_so_it_serves_without_the_cache_and_elsewhere(
+    made: Made, tmp_path: Path
+) -> None:
+    """DVC links to its cache where the configuration says so, as that of this repository does."""
+    forget_bundles(made.root, keep=set(), older_than=0)
+    dvc(made.root, "config", "--local", "cache.type", "symlink")
+    made.bundle(1)
+    assert not [path for path in (made.root / SERVING).rglob("*") if path.is_symlink()]
+    for folder in (".dvc/cache", ".git"):
+        shutil.rmtree(made.root / folder)
+    made.root = made.root.rename(tmp_path / "elsewhere")
+    assert adapter_sha256(made.bundle(1).adapter) == made.hashes[1]
+
+
+def test_links_of_an_earlier_release_become_files_and_those_that_lead_nowhere_are_fetched_again(
+    made: Made, tmp_path: Path
+) -> None:
+    for bundle in made.bundles.values():
+        for path in (made.root / SERVING / bundle.adapter.parent.name / "adapter").iterdir():
+            path.rename(tmp_path / f"{bundle.version}-{path.name}")
+            path.symlink_to(tmp_path / f"{bundle.version}-{path.name}")
+    (tmp_path / "2-adapter_config.json").unlink()
+    for version in (1, 2):
+        adapter = made.bundle(version).adapter
+        assert adapter_sha256(adapter) == made.hashes[version] and (adapter / "adapter_config.json").exists()
+        assert not any(path.is_symlink() for path in adapter.iterdir())
