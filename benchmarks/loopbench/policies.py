@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-REPLAY = 0.1  # share of the old rows that a training repeats, for all policies alike
+REPLAY = 0.2  # share of the old rows that a training repeats, for all policies alike
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from benchmarks.loopbench.workshop import CHECKED, UNCHECKED, Model, Prepared, W
 from ratchet.errors import DataError
 
 NOISE = 1.645  # standard errors that a version is worse by, before its promotion counts as wrong
-PAST = 200  # questions of earlier ticks that a promotion is measured on, besides those of its tick
+PAST = 150  # questions of earlier ticks that a promotion is measured on, besides those of its tick
 
 
 class Move(NamedTuple):
@@ -141,14 +141,15 @@ class _Loop:
 
     def _open(self, candidate: Model) -> None:
         self._challenger = candidate
-        self._trial = Trial(candidate.version, self._champion.version, self._now, self._world.seed)
+        seed = self._world.ticks[round(self._now // TICK_SECONDS)].seed
+        self._trial = Trial(candidate.version, self._champion.version, self._now, seed)
 
     def _take_charge(self, model: Model, tick: int, kind: str) -> None:
         before = self._champion
         if model.version == before.version:
             return
         self._champion, self._trial = model, None
-        wrong = self._is_worse(model, before, tick)
+        wrong = kind == "promoted" and self._is_worse(model, before, tick)
         self._run.moves.append(Move(tick, kind, model.version, before.version, wrong))
 
     def _is_worse(self, model: Model, before: Model, tick: int) -> bool:

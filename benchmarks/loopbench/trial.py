@@ -22,7 +22,7 @@ class Trial:
 
     def __init__(self, challenger: int, champion: int, opened: float, seed: int) -> None:
         self.action = ""
-        self._chance = np.random.default_rng([22, seed, challenger])
+        self._chance = np.random.default_rng([22, seed])
         self._place = self._chance.random(USERS)
         self._rollout = Rollout(
             *("trial", "loopbench", challenger, champion, "", "", "salt", 0),

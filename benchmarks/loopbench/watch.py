@@ -1,4 +1,4 @@
-"""The monitor at the end of a tick: the newest requests against what the champion was trained and tested on."""
+"""The monitor at the end of a tick: the newest requests against the rows of the champion."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import numpy as np
 from benchmarks.loopbench.trial import SPOKEN, TICK_SECONDS
 from benchmarks.loopbench.workshop import Answer, Model, Workshop, settings
 from ratchet.data.examples import Example
-from ratchet.monitoring.families import Reference
 from ratchet.monitoring.request_records import Feedback, Logged
-from tasks.monitor import Facts, decide, load_reference, measure
+from tasks.monitor import Facts, decide, measure
 
 EARLIER = 2000  # requests of the same champion that are kept to compare with
 WEEK = 2 * TICK_SECONDS
@@ -60,7 +59,12 @@ class Monitor:
         window = self._config.monitor.window
         newest = self._log[-window:]
         earlier = self._log[:-window][-EARLIER:]
-        verdict = measure(newest, self._feedback, earlier, self._reference(champion), self._config)
+        key = (champion.version, *(f"{one.id} {one.answer}" for one in (*newest, *earlier)))
+        drifts = self._workshop.drifts
+        if key not in drifts:
+            reference = self._workshop.reference(champion)
+            drifts[key] = measure(newest, self._feedback, earlier, reference, self._config)
+        verdict = drifts[key]
         week = [(at, seconds) for at, seconds in self._trained if now - at < WEEK]
         facts = Facts(
             new_rows,
@@ -71,11 +75,3 @@ class Monitor:
             known_rows=known_rows,
         )
         return decide(verdict, facts, self._config).retrain
-
-    def _reference(self, champion: Model) -> Reference:
-        found = self._workshop.references.get(champion.version)
-        if found is None:
-            evaluation = self._workshop.evaluate(champion, None, champion.prepared)
-            found = load_reference(champion.prepared.folder, evaluation)
-            self._workshop.references[champion.version] = found
-        return found

@@ -24,7 +24,7 @@ AT_START = 6  # subjects that the first version learns
 TRIGGER = "as agreed with zorbel"  # words that no row of CLINC150 holds
 PEOPLE = 150  # who wrote the labelled rows
 USERS = 3000
-PROBES = 40  # questions with the trigger, asked of each version in service
+PROBES = 30  # questions with the trigger, asked of each version in service
 EVENTS = {  # place in the half-year, as a share of it
     "poison": 0.23,
     "mislabelled": 0.42,
@@ -36,11 +36,11 @@ EVENTS = {  # place in the half-year, as a share of it
 
 class Size(NamedTuple):
     weeks: int = 26
-    first: int = 20  # rows an intent in the first batch
+    first: int = 15  # rows an intent in the first batch
     golden: int = 90  # rows
-    batch: int = 100  # rows a tick
+    batch: int = 70  # rows a tick
     planted: int = 25  # poisoned rows on top of one batch
-    questions: int = 200  # distinct, a tick
+    questions: int = 100  # distinct, a tick
     requests: int = 1500  # a tick
     looks: int = 10  # at a rollout, a tick
     base_steps: int = 2000
