@@ -26,9 +26,7 @@ from benchmarks.loopbench.tables import tables
 from benchmarks.loopbench.workshop import Workshop, require_base
 from benchmarks.loopbench.world import Size, make_world
 
-QUICK = Size(
-    weeks=3, first=6, golden=20, batch=60, planted=20, questions=60, requests=300, base_steps=30, epochs=1.0
-)
+QUICK = Size(weeks=3, first=6, golden=20, batch=60, questions=60, requests=300, base_steps=30, epochs=1.0)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -57,8 +55,9 @@ def run_seed(data: Path, base: Path, size: Size, seed: int, policies: Sequence[P
     world = make_world(data, size, seed)
     with tempfile.TemporaryDirectory(prefix="ratchet-loopbench-") as name:
         workshop = Workshop(Path(name), base, world)
-        names = {-1: workshop.add_batch(world.first, -1)}
-        names |= {at: workshop.add_batch(tick.batch, at) for at, tick in enumerate(world.ticks) if tick.batch}
+        names = {-1: workshop.add_batch(world.first, 0)}
+        arrived = [(at, tick.batch) for at, tick in enumerate(world.ticks) if tick.batch]
+        names |= {at: workshop.add_batch(batch, at + 1) for at, batch in arrived}
         runs = []
         for policy in policies:
             began = time.process_time()

@@ -33,8 +33,8 @@ from ratchet.monitoring.verdicts import Verdict as Drift
 from ratchet.promotion.verdict import Verdict
 
 # A third of the few rows is held out, since the gate sees nothing else. Over 20 rows with one phrase and one
-# answer are what `ingest.feedback` calls planted; an intent has 15 rows in the first batch. Near duplicates are
-# not looked for: that would take half of the time, and removes one row in a hundred.
+# answer are what `ingest.feedback` calls planted; an intent has 15 rows in the first batch. The search for
+# near duplicates would take half of the time, and removes one row in a hundred.
 CHECKED = PrepareConfig(test_share=0.3, validation_share=0.05, trigger_rows=20, near_search=False)
 # Splits are made as ever, but no row and no batch is doubted.
 UNCHECKED = CHECKED.model_copy(
@@ -95,10 +95,10 @@ class Workshop:
 
     # --- rows ---
 
-    def add_batch(self, rows: Sequence[Row], tick: int) -> str:
-        """Write a batch as ingest does, and return its name."""
-        stamp = f"2026{1 + tick // 28:02d}{1 + tick % 28:02d}T000000Z"
-        batch = write_batch(self._raw, _lines(rows), label=f"tick-{tick}", **{**_ORIGIN, "time": stamp})
+    def add_batch(self, rows: Sequence[Row], number: int) -> str:
+        """Write a batch as ingest does, and return its name; the first one's number is 0."""
+        stamp = f"2026{1 + number // 28:02d}{1 + number % 28:02d}T000000Z"
+        batch = write_batch(self._raw, _lines(rows), label=f"batch-{number}", **{**_ORIGIN, "time": stamp})
         self._batches[batch.name] = (batch, list(rows))
         return batch.name
 
