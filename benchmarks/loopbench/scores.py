@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,17 +20,17 @@ class Score(NamedTuple):
     seed: int
     right: float  # share of all requests
     regret: float
-    trainings: int
-    rows: int  # trained on, in one epoch, all trainings together
-    seconds: float  # of training
-    promotions: int
-    wrong: int
-    poisoned: float  # mean share of probes, since the poisoned batch
-    unerased: int  # ticks
-    verdicts: dict[str, int]
-    trials: dict[str, int]
-    refused: list[int]
-    by_tick: list[float]
+    by_tick: list[float]  # right, too
+    trainings: int = 0
+    rows: int = 0  # trained on, in one epoch, all trainings together
+    seconds: float = 0.0  # of training
+    promotions: int = 0
+    wrong: int = 0
+    poisoned: float = 0.0  # mean share of probes, since the poisoned batch
+    unerased: int = 0  # ticks
+    verdicts: Mapping[str, int] = {}
+    trials: Mapping[str, int] = {}
+    refused: Sequence[int] = ()
 
 
 def score_all(runs: Sequence[Run], workshop: Workshop) -> list[Score]:
@@ -39,10 +39,8 @@ def score_all(runs: Sequence[Run], workshop: Workshop) -> list[Score]:
     requests = sum(runs[0].requests)
     shares = [sum(right) / requests for right in (*(run.right for run in runs), best)]
     found = [_score(run, share, shares[-1], workshop) for run, share in zip(runs, shares[:-1], strict=True)]
-    nothing = Score(
-        *("oracle", "oracle", workshop.world.seed, shares[-1], 0.0, 0, 0, 0.0, 0, 0, 0.0, 0, {}, {}, []),
-        _by_tick(best, runs[0].requests),
-    )
+    asked = runs[0].requests
+    nothing = Score("oracle", "oracle", workshop.world.seed, shares[-1], 0.0, _by_tick(best, asked))
     return [*found, nothing]
 
 
@@ -73,6 +71,7 @@ def _score(run: Run, share: float, best: float, workshop: Workshop) -> Score:
         workshop.world.seed,
         share,
         1 - share / best if best else 0.0,
+        _by_tick(run.right, run.requests),
         len(trained),
         sum(model.rows for model in trained),
         sum(model.seconds for model in trained),
@@ -83,7 +82,6 @@ def _score(run: Run, share: float, best: float, workshop: Workshop) -> Score:
         _counted(run.verdicts),
         _counted(run.trials),
         run.refused,
-        _by_tick(run.right, run.requests),
     )
 
 

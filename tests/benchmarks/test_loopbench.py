@@ -168,7 +168,7 @@ def test_regret_is_relative_to_the_oracle_and_forced_versions_are_no_promotions(
 
 def test_the_table_tells_the_median_the_range_and_the_seeds_ahead_of_weekly():
     def score(name: str, seed: int, right: float) -> Score:
-        return Score(name, name, seed, right, 0.1, 1, 1, 1.0, 1, 0, 0.0, 0, {}, {}, [], [])
+        return Score(name, name, seed, right, 0.1, [])
 
     weekly = [score("weekly", seed, 0.5) for seed in range(3)]
     ours = [score("ours", seed, right) for seed, right in enumerate((0.4, 0.6, 0.7))]
