@@ -23,7 +23,8 @@ COLUMNS: dict[str, tuple[Callable[[Score], float], str]] = {
 
 def tables(found: Sequence[Score], size: Size) -> Iterator[str]:
     seeds = sorted({score.seed for score in found})
-    yield f"{size.weeks} weeks, {len(seeds)} seeds; median and range over seeds"
+    over = f"{len(seeds)} seeds; median and range over seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
+    yield f"{size.weeks} weeks, {over}"
     yield ""
     yield f"| policy | {' | '.join(COLUMNS)} | ahead of weekly |"
     yield f"|{'---|' * (len(COLUMNS) + 2)}"
@@ -38,5 +39,7 @@ def tables(found: Sequence[Score], size: Size) -> Iterator[str]:
 
 def cell(values: Sequence[float], form: str) -> str:
     """Return the median and, where it is no point, the range."""
-    low, middle, high = (format(one, form) for one in (min(values), statistics.median(values), max(values)))
+    low, middle, high = (
+        format(one, form).replace("%", " %") for one in (min(values), statistics.median(values), max(values))
+    )
     return middle if low == high else f"{middle} ({low} to {high})"

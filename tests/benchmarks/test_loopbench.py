@@ -174,7 +174,7 @@ def test_the_table_tells_the_median_the_range_and_the_seeds_ahead_of_weekly():
     ours = [score("ours", seed, right) for seed, right in enumerate((0.4, 0.6, 0.7))]
     lines = list(tables([*weekly, *ours], Size()))
     assert "3 seeds" in lines[0]
-    assert lines[-1].startswith("| ours | 60.0% (40.0% to 70.0%) |") and lines[-1].endswith("| 2 of 3 |")
+    assert lines[-1].startswith("| ours | 60.0 % (40.0 % to 70.0 %) |") and lines[-1].endswith("| 2 of 3 |")
     assert cell([2, 2], ".0f") == "2"
 
 
