@@ -32,6 +32,8 @@ def tables(found: Sequence[Score], size: Size) -> Iterator[str]:
     for name in dict.fromkeys(score.policy for score in found):
         mine = [score for score in found if score.policy == name]
         cells = [cell([value(score) for score in mine], form) for value, form in COLUMNS.values()]
+        if name == "oracle":  # it trains and promotes nothing
+            cells[2:] = [""] * len(cells[2:])
         ahead = sum(score.right > weekly[score.seed] for score in mine if score.seed in weekly)
         told = f"{ahead} of {len(mine)}" if weekly and name != "weekly" else ""
         yield f"| {mine[0].told} | {' | '.join(cells)} | {told} |"
