@@ -87,16 +87,19 @@ class _Loop:
 
     def _prepare(self, tick: int) -> Prepared:
         """Prepare all rows that have arrived; a batch that the checks refuse is taken back."""
-        erased = self._world.erased if tick >= self._world.events["erasure"] else ()
         config = CHECKED if self._policy.checks else UNCHECKED
         while True:
             chosen = [name for at, name in self._names.items() if at <= tick and name not in self._taken_back]
             try:
-                return self._workshop.prepare(chosen, erased, config)
+                return self._workshop.prepare(chosen, self._erased(tick), config)
             except DataError as error:
                 name = refused(error, chosen)
                 self._taken_back.add(name)
                 self._run.refused.append(next(at for at, each in self._names.items() if each == name))
+
+    def _erased(self, tick: int) -> set[str]:
+        """Return the people whose rows nobody may learn from any more."""
+        return self._world.erased if tick >= self._world.events["erasure"] else set()
 
     def _train(self, prepared: Prepared, start: Model | None, tick: int) -> Model:
         model = self._workshop.train(prepared, start, self._policy.replay)
@@ -173,7 +176,7 @@ class _Loop:
     def _force(self, tick: int) -> None:
         """Let a person promote an experiment: the base, trained on the newest batch alone."""
         newest = max(at for at in self._names if at <= tick)
-        prepared = self._workshop.prepare([self._names[newest]], (), UNCHECKED)
+        prepared = self._workshop.prepare([self._names[newest]], self._erased(tick), UNCHECKED)
         self._take_charge(self._workshop.train(prepared, None, 1.0), tick, "forced")
 
     # --- service ---

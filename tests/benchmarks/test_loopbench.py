@@ -209,7 +209,7 @@ def test_a_seed_gives_the_same_scores_twice(tmp_path):
     assert [score["policy"] for score in first] == ["weekly", "ours", "oracle"]
     weekly, ours, _ = first
     assert weekly["trainings"] == 2 and ours["refused"] == [2]  # the poisoned batch is taken back
-    assert ours["unerased"] == 0 and weekly["unerased"] > 0
+    assert ours["unerased"] == weekly["unerased"] == 0  # the forced experiment heeds the erasure, too
 
 
 def test_without_the_data_it_says_so(tmp_path):
