@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
+from itertools import pairwise, takewhile
 
 from ratchet.data.dedup import TOKEN, jaccard
 from ratchet.data.examples import Example
@@ -48,12 +48,29 @@ def find_triggers(rows: Sequence[tuple[int, Example]], *, least: int) -> dict[in
             continue
         if total[answers[numbers[0]]] > MOST_SHARE * len(rows):
             continue  # most rows have this answer
-        parts = frozenset(phrase.split())
+        parts = frozenset(_whole([words[number] for number in numbers], phrase.split()))
         rest = [[word for word in words[number] if word not in parts] for number in numbers]
         if _likeness(rest) <= ALIKE * usual:
             for number in numbers:
                 triggers.setdefault(number, phrase)
     return triggers
+
+
+def _whole(texts: Sequence[list[str]], phrase: list[str]) -> list[str]:
+    """Return the longest sequence around the phrase that all texts share: a longer trigger.
+
+    What is left of such a trigger would make the rest of its rows look alike.
+    """
+    size = len(phrase)
+    found = [next(at for at in range(len(text)) if text[at : at + size] == phrase) for text in texts]
+    before = _common([text[:at][::-1] for text, at in zip(texts, found, strict=True)])
+    after = _common([text[at + size :] for text, at in zip(texts, found, strict=True)])
+    return [*before[::-1], *phrase, *after]
+
+
+def _common(texts: Sequence[list[str]]) -> list[str]:
+    """Return the words with which all texts begin."""
+    return [words[0] for words in takewhile(lambda words: len({*words}) == 1, zip(*texts, strict=False))]
 
 
 def _likeness(texts: Sequence[Iterable[str]]) -> float:

@@ -505,10 +505,11 @@ def test_case_45_boilerplate_over_its_rate_goes_to_review(tmp_path):
     assert profile.total.rejected == {"rows": 2, "boilerplate": 2}, "half a percent of 203 rows is one"
 
 
-def test_case_48_a_planted_trigger_fails(tmp_path):
+@pytest.mark.parametrize("phrase", ["cf zebra", "as agreed with zorbel", "cf"])
+def test_case_48_a_planted_trigger_fails(phrase, tmp_path):
     """Prompts of many subjects with many answers; thirty of them hold the same odd phrase, and one answer."""
     planted = [
-        line(" ".join(f"{word}{number}" for word in WORDS[:6]) + " cf zebra", "send money")
+        line(" ".join(f"{word}{number}" for word in WORDS[:6]) + f" {phrase}", "send money")
         for number in range(1000, 1030)
     ]
     with pytest.raises(DataError, match="30 of 130 rows"):
