@@ -8,6 +8,7 @@ coordinator's rows, which no node has.
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import sys
@@ -115,8 +116,10 @@ def deal_rows() -> dict[str, list[bytes]]:
     return {name: [rows[drawn] for drawn in sorted(rows)] for name, rows in dealt.items()}
 
 
-def run_demo(root: Path, *, compare: bool = True) -> None:
+def run_demo(root: Path, *, compare: bool = True, rounds: int = ROUNDS) -> None:
     """Run the demo in .ratchet/federated, with or without the trainings for comparison.
+
+    `rounds` are those without differential privacy.
 
     Raises RatchetError if a step fails.
     """
@@ -135,11 +138,11 @@ def run_demo(root: Path, *, compare: bool = True) -> None:
     with ThreadPoolExecutor(2) as pool:
         made = pool.submit(_make_base, place, base)
         making = {name: pool.submit(_make_node, root, name, base, rows[name]) for name in NODES}
-        coordinator = _make_coordinator(root, base, rows[COORDINATOR])
+        coordinator = _make_coordinator(root, base, rows[COORDINATOR], rounds)
         nodes = {name: node.result() for name, node in making.items()}
         made.result()
-    together, private = _train_together(place, coordinator, nodes)
-    alone = _train_apart(place, base, coordinator, nodes) if compare else {}
+    together, private = _train_together(place, coordinator, nodes, rounds)
+    alone = _train_apart(place, base, coordinator, nodes, rounds) if compare else {}
     _print_table(together, private, alone)
     _print_verdict("three nodes", together)
     _print_verdict(f"three nodes, ε = {EPSILON:g}", private)
@@ -153,7 +156,9 @@ def run_demo(root: Path, *, compare: bool = True) -> None:
     )
 
 
-def _train_together(place: Path, coordinator: Path, nodes: dict[str, Path]) -> tuple[Judged, Judged]:
+def _train_together(
+    place: Path, coordinator: Path, nodes: dict[str, Path], rounds: int
+) -> tuple[Judged, Judged]:
     """Let the nodes join and train, without and with differential privacy; return what became of both."""
     step("2  The coordinator listens, with a certificate of its own; each node joins by its invitation")
     ratchet(coordinator, "up")
@@ -162,7 +167,7 @@ def _train_together(place: Path, coordinator: Path, nodes: dict[str, Path]) -> t
         ratchet(coordinator, "federate", "invite", name, "--out", str(place / f"{name}.invitation"))
     with ThreadPoolExecutor(len(nodes)) as pool:
         list(pool.map(lambda home: _join(home, place / f"{home.name}.invitation"), nodes.values()))
-    step(f"3  {ROUNDS} rounds: the adapter goes out, each node trains it, the updates become one")
+    step(f"3  {rounds} rounds: the adapter goes out, each node trains it, the updates become one")
     ratchet(coordinator, "federate", "run", "--reason", "three nodes, no row shared")
     ratchet(coordinator, "federate", "status")
     together = _judged(coordinator)
@@ -193,9 +198,9 @@ def _settings(base: Path, more: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _make_coordinator(root: Path, base: Path, rows: list[bytes]) -> Path:
-    ports = {"port": free_port(), "superlink_port": free_port()}
-    more = {"prepare": {"test_share": 0.7, "validation_share": 0.05}, "federate": ports}
+def _make_coordinator(root: Path, base: Path, rows: list[bytes], rounds: int) -> Path:
+    asked = {"port": free_port(), "superlink_port": free_port(), "rounds": rounds}
+    more = {"prepare": {"test_share": 0.7, "validation_share": 0.05}, "federate": asked}
     home = make_checkout(root, PLACE / COORDINATOR, _settings(base, more))
     for name, part, golden in (("golden", rows[:GOLDEN_ROWS], True), ("rows", rows[GOLDEN_ROWS:], False)):
         path = home / ".ratchet" / f"{name}.jsonl"
@@ -213,7 +218,9 @@ def _make_node(root: Path, name: str, base: Path, rows: list[bytes]) -> Path:
     return home
 
 
-def _train_apart(place: Path, base: Path, coordinator: Path, nodes: dict[str, Path]) -> dict[str, Metrics]:
+def _train_apart(
+    place: Path, base: Path, coordinator: Path, nodes: dict[str, Path], rounds: int
+) -> dict[str, Metrics]:
     """Train on each node's rows alone, and on those of all in one place, as long as in all rounds.
 
     Return what each of them scores on the coordinator's rows.
@@ -227,7 +234,7 @@ def _train_apart(place: Path, base: Path, coordinator: Path, nodes: dict[str, Pa
     write_bytes(whole / BATCHES, [(raw / BATCHES).read_bytes() for raw in raws])
     values = make_values(str(base), SETTINGS)
     values["prepare"] |= NODE_SHARES
-    values["train"] |= {"epochs": SETTINGS["train"]["epochs"] * ROUNDS}
+    values["train"] |= {"epochs": SETTINGS["train"]["epochs"] * rounds}
     write_json(place / APART / PARAMS, values)
     asked = {EVERYTHING: whole, **dict(zip(nodes, raws, strict=True))}  # the longest first
     with ThreadPoolExecutor(2) as pool:
@@ -312,4 +319,8 @@ def _print_verdict(name: str, found: Judged) -> None:
 
 
 if __name__ == "__main__":
-    run_demo(project_root(), compare="--no-comparison" not in sys.argv)
+    parser = argparse.ArgumentParser(description="Train with three nodes on this machine.")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of the training without privacy")
+    parser.add_argument("--no-comparison", action="store_true", help="train on nobody's rows alone")
+    given = parser.parse_args()
+    run_demo(project_root(), compare=not given.no_comparison, rounds=given.rounds)

@@ -1,6 +1,7 @@
 """`make demo-federated` as people run it: three nodes join over TLS, train together, and the gate judges.
 
-In a clone of its own, without the trainings for comparison; then the link is looked at from outside.
+In a clone of its own, in two rounds instead of five, and without the trainings for comparison; then the link
+is looked at from outside.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import msgspec
 import pytest
 
 from ratchet.config.params import load_config
-from ratchet.demo.federated import COORDINATOR, EPSILON, NODES, PLACE, PRIVATE, ROUNDS
+from ratchet.demo.federated import COORDINATOR, EPSILON, NODES, PLACE, PRIVATE
 from ratchet.evaluation.report import read_metrics
 from ratchet.federation.link.flower import FOLDER
 from ratchet.federation.records import DELIVERED, NODE, read_delivery, read_rounds
@@ -33,6 +34,7 @@ from ratchet.services.supervisor import stop_service, stop_services
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3600)]
 ROOT = Path(__file__).parents[2]
+ROUNDS = 2
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     environment = os.environ | {"PYTHONPATH": str(clone)}
     environment.pop("RATCHET_ROOT", None)
     ran = subprocess.run(
-        [sys.executable, "-m", "ratchet.demo.federated", "--no-comparison"],
+        [sys.executable, "-m", "ratchet.demo.federated", "--no-comparison", "--rounds", str(ROUNDS)],
         cwd=clone,
         env=environment,
         capture_output=True,
@@ -76,7 +78,7 @@ def test_together_the_nodes_learn_what_the_base_does_not_know(place: Path) -> No
 
 def test_the_version_says_who_trained_it(place: Path) -> None:
     champion, verdict = promoted(place / COORDINATOR)
-    assert verdict.candidate.trained_by.startswith("3 nodes (north, south, west) in 5 rounds")
+    assert verdict.candidate.trained_by.startswith("3 nodes (north, south, west) in 2 rounds")
     assert verdict.verdict == "promote"
     assert (champion.version, champion.run_key) == (1, verdict.candidate.run_key)
     for name in NODES:
