@@ -29,8 +29,8 @@ ROOT = Path(__file__).parents[2]
 COLOURS = ["red", "blue", "green", "white"]
 # Colours that v1 has never seen, so that v2's gain is certain on every processor: with the same ones, v1
 # answered about sheds as well as v2 where trainings compute in float32 (-0.001 [-0.005, +0.003] nats).
-MORE_ROWS = 1000  # that the gate wants in the last two tests: their candidate stays uncertain
 SHED_COLOURS = ["grey", "brown", "black", "pink"]
+MORE_ROWS = 1000  # that the gate wants in the last two tests: their candidate stays uncertain
 
 
 @pytest.fixture(scope="module")
