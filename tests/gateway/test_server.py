@@ -155,8 +155,8 @@ def test_beyond_loopback_it_does_not_start_without_a_key(tmp_path):
 def test_a_kill_loses_only_the_newest_rows_of_the_log(tmp_path):
     """Those that the writer gathers (`request_log.GATHER_SECONDS`) or is writing.
 
-    With a pause of 0.2 s, 91 to 134 of 200 were kept. A busy machine may hold the writer up, so one of three
-    times is enough.
+    With a pause of 0.2 s, 91 of 200 were kept. A busy machine may hold the writer up, so one of three times
+    is enough.
     """
     kept = []
     for number in range(3):
