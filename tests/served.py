@@ -23,10 +23,11 @@ from stub_upstream import Stub
 from ratchet.config.params import Config
 from ratchet.engines import make_engine
 from ratchet.engines.upstream_engine import UpstreamEngine
-from ratchet.files import write_json
+from ratchet.files import write_bytes, write_json
 from ratchet.gateway.app import create_app
 from ratchet.gateway.connections import Connection
 from ratchet.gateway.routing import Fleet
+from ratchet.models.loading import WEIGHTS, adapter_sha256
 from ratchet.monitoring.request_log import RequestLog, open_log
 from ratchet.promotion.champion import Champion, write_champion
 from ratchet.promotion.rollout import Rollout, write_rollout
@@ -86,8 +87,11 @@ def running_gateway(
         yield running
 
 
-def put_in_charge(root: Path, version: int, *, previous: int | None = None) -> None:
-    make_served(root, version)
+def put_in_charge(
+    root: Path, version: int, *, previous: int | None = None, adapter: Path | None = None
+) -> None:
+    """Put a version in charge; `adapter` holds its weights, where a model answers."""
+    sha = make_served(root, version, adapter)
     kept = {
         "run_key": "",
         "run_id": "",
@@ -107,7 +111,7 @@ def put_in_charge(root: Path, version: int, *, previous: int | None = None) -> N
             version=version,
             previous=previous,
             commit="0" * 40,
-            adapter_sha256=digest(version),
+            adapter_sha256=sha,
             **kept,
         ),
     )
@@ -131,18 +135,30 @@ def open_rollout(root: Path, *, champion: int, version: int, share: float) -> No
     )
 
 
-def make_served(root: Path, version: int) -> None:
-    """As `ratchet.serving.bundle.make_bundle` leaves it, but for weights: the stub asks for none."""
+def make_served(root: Path, version: int, adapter: Path | None = None) -> str:
+    """Leave a version as `ratchet.serving.bundle.make_bundle` does, and return the sha256 of its weights.
+
+    Without an adapter its weights are no model's: the stub asks for none.
+    """
     write_json(root / SERVING / "bases/base/manifest.json", {})
-    folder = root / SERVING / f"v{version}-{digest(version)[:12]}"
-    (folder / "adapter").mkdir(parents=True, exist_ok=True)
+    sha = adapter_sha256(adapter) if adapter else digest(version)
+    folder = root / SERVING / f"v{version}-{sha[:12]}"
+    if adapter:
+        shutil.copytree(adapter, folder / "adapter", dirs_exist_ok=True)
+    else:
+        write_bytes(folder / "adapter" / WEIGHTS, [_weights(version)])
     write_json(
         folder / "serving.json", {"commit": "0" * 40, "base": "base", "max_new_tokens": 8, "max_length": 96}
     )
+    return sha
+
+
+def _weights(version: int) -> bytes:
+    return b"%d" % version
 
 
 def digest(version: int) -> str:
-    return hashlib.sha256(b"%d" % version).hexdigest()
+    return hashlib.sha256(_weights(version)).hexdigest()
 
 
 def wait_until_served(root: Path, **wanted: Any) -> None:
@@ -160,10 +176,9 @@ def wait_for(holds: Any, seconds: float = 30) -> None:
 @contextmanager
 def serving_candidate(root: Path, candidate: Path, base: Path, config: Config) -> Iterator[openai.OpenAI]:
     """Serve a candidate as v1, with the real engine, and yield a client of it."""
-    put_in_charge(root, 1)
-    served = root / SERVING / f"v1-{digest(1)[:12]}"
+    put_in_charge(root, 1, adapter=candidate)
+    served = root / SERVING / f"v1-{adapter_sha256(candidate)[:12]}"
     shutil.copytree(base, root / SERVING / "bases/base", dirs_exist_ok=True)
-    shutil.copytree(candidate, served / "adapter", dirs_exist_ok=True)
     settings = {"max_new_tokens": config.evaluate.max_new_tokens, "max_length": 384}
     write_json(served / "serving.json", {"commit": "0" * 40, "base": "base"} | settings)
     engine, log = make_engine(config), open_log(root, config)

@@ -13,7 +13,7 @@ import openai
 import pydantic
 import pytest
 from media_models import picture, picture_part
-from served import digest, put_in_charge, wait_for
+from served import put_in_charge, wait_for
 from servers import serving
 
 from ratchet.config.params import Config
@@ -44,9 +44,8 @@ class Local(NamedTuple):
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, candidate: Path) -> Iterator[Local]:
     root = tmp_path_factory.mktemp("local")
-    put_in_charge(root, 1)
+    put_in_charge(root, 1, adapter=candidate)
     shutil.copytree(tiny_base, root / SERVING / "bases/base", dirs_exist_ok=True)
-    shutil.copytree(candidate, root / SERVING / f"v1-{digest(1)[:12]}/adapter", dirs_exist_ok=True)
     config = Config.model_validate({"project": {"name": "pydoc"}})
     engine, log = make_engine(config), open_log(root, config)
     app = create_app(root, config, engine, fleet := Fleet(root, config, engine), log)

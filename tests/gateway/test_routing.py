@@ -26,9 +26,9 @@ from ratchet.config.params import Config
 from ratchet.data.examples import Message
 from ratchet.engines.local_engine import LocalEngine
 from ratchet.errors import ServiceError
-from ratchet.files import write_bytes, write_json
+from ratchet.files import read_json, write_bytes, write_json
 from ratchet.gateway.routing import Choice, Fleet
-from ratchet.models.loading import WEIGHTS
+from ratchet.models.loading import MANIFEST, WEIGHTS, adapter_sha256
 from ratchet.promotion.champion import FILE as CHAMPION
 from ratchet.promotion.champion import Champion, write_champion
 from ratchet.promotion.rollout import FILE as ROLLOUT
@@ -50,10 +50,11 @@ class Place:
 
     def __init__(self, root: Path, base: Path, candidate: Path) -> None:
         self.root, self._candidate = root, candidate
+        self._digests: dict[int, str] = {}  # of the versions that were made
         shutil.copytree(base, root / SERVING / "bases/base")
 
     def make(self, version: int, strength: float | None = None) -> None:
-        folder = self.root / SERVING / f"v{version}-{digest(version)[:12]}"
+        folder = self.root / SERVING / f"new-{version}"
         shutil.copytree(self._candidate, folder / "adapter")
         strength = (1.0, -10.0)[version % 2] if strength is None else strength
         weights = {
@@ -61,14 +62,21 @@ class Place:
             for name, weight in load_file(folder / "adapter" / WEIGHTS).items()
         }
         save_file(weights, folder / "adapter" / WEIGHTS, metadata={"format": "pt"})
+        sha = self._digests[version] = adapter_sha256(folder / "adapter")
+        manifest = read_json(folder / "adapter" / MANIFEST)
+        write_json(folder / "adapter" / MANIFEST, manifest | {"files": manifest["files"] | {WEIGHTS: sha}})
         write_json(
             folder / "serving.json",
             {"commit": "0" * 40, "base": "base", "max_new_tokens": 5 + version % 3, "max_length": 96},
         )
+        folder.rename(folder.with_name(f"v{version}-{sha[:12]}"))
+
+    def digest(self, version: int) -> str:
+        return self._digests.get(version, digest(version))
 
     def bundle(self, version: int) -> Bundle:
         return make_bundle(
-            self.root, name="small", version=version, commit="0" * 40, adapter_sha256=digest(version)
+            self.root, name="small", version=version, commit="0" * 40, adapter_sha256=self.digest(version)
         )
 
     def crown(self, version: int, previous: int | None = None) -> None:
@@ -91,7 +99,7 @@ class Place:
                 version=version,
                 previous=previous,
                 commit="0" * 40,
-                adapter_sha256=digest(version),
+                adapter_sha256=self.digest(version),
                 **kept,
             ),
         )
@@ -105,7 +113,7 @@ class Place:
                 version,
                 champion,
                 "0" * 40,
-                digest(version),
+                self.digest(version),
                 "salt",
                 0,
                 [share, 1.0],
