@@ -32,8 +32,9 @@ import aiohttp
 from ratchet.config.docs import render_params
 from ratchet.config.params import Config
 from ratchet.errors import ServiceError
-from ratchet.files import write_json
+from ratchet.files import write_bytes, write_json
 from ratchet.gateway.auth import add_key
+from ratchet.models.loading import WEIGHTS
 from ratchet.promotion.champion import Champion, Data, GateLine, write_champion
 from ratchet.services.processes import free_port
 from ratchet.serving.bundle import SERVING
@@ -149,7 +150,7 @@ def put_champion(root: Path, config: Config) -> None:
     digest = hashlib.sha256(b"").hexdigest()
     (root / "params.yaml").write_text(render_params(config), encoding="utf-8")
     folder = root / SERVING / f"v1-{digest[:12]}"
-    (folder / "adapter").mkdir(parents=True)
+    write_bytes(folder / "adapter" / WEIGHTS, [])
     write_json(
         folder / "serving.json", {"commit": "0" * 40, "base": "base", "max_new_tokens": 8, "max_length": 96}
     )
