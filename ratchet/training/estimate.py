@@ -24,7 +24,7 @@ import psutil
 
 from ratchet.config.params import Config
 from ratchet.errors import UserError
-from ratchet.files import read_json
+from ratchet.files import read_json, sha256_file, write_json
 from ratchet.models.adapters import PREFIXED
 from ratchet.models.manifests import read_base_manifest
 from ratchet.models.processors import reads_media
@@ -118,6 +118,9 @@ def _probe(
     chosen = choose_windows(windows, steps * config.train.batch_windows * config.train.accumulate)
     shutil.copytree(material.tokens, folder / "tokens", ignore=shutil.ignore_patterns("train.arrow"))
     write_windows(folder / "tokens/train.arrow", chosen)
+    profile = read_json(material.tokens / "profile.json")
+    hashes = {**profile["sha256"], "train": sha256_file(folder / "tokens/train.arrow")}
+    write_json(folder / "tokens/profile.json", {**profile, "sha256": hashes})
     passes = PASSES if len(chosen) < len(windows) else min(config.train.epochs, PASSES)
     say(f"plan: a training of about {steps} steps, on {len(chosen)} of {len(windows)} windows …")
     ended = run_training(folder, material._replace(tokens=folder / "tokens"), shortened(config, passes))

@@ -65,7 +65,10 @@ def started(tmp_path_factory, tokens, tiny_base, nobody, tiny_config) -> dict[st
         shutil.copytree(nobody, folder / "models/incumbent")
         (folder / "params.yaml").write_text(render_params(tiny_config))
         if name == "broken":
-            spoil(folder / "models/base/model.safetensors")
+            spoil(weights := folder / "models/base/model.safetensors")
+            manifest = read_json(folder / "models/base/manifest.json")  # it was broken when it was stored
+            files = {**manifest["files"], weights.name: sha256_file(weights)}
+            write_json(folder / "models/base/manifest.json", {**manifest, "files": files})
         arguments = [
             "--tokens",
             "data/tokenized",
