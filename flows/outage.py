@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import time
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar, cast
@@ -12,7 +11,6 @@ from typing import Any, TypeVar, cast
 import httpx
 from prefect import Flow
 from prefect.artifacts import create_markdown_artifact
-from prefect.events import Event
 from prefect.events.clients import PrefectEventsClient
 from prefect.events.worker import EventsWorker
 from prefect.exceptions import TerminationSignal
@@ -23,7 +21,6 @@ from ratchet.config.params import Config
 from ratchet.errors import ServiceError
 
 T = TypeVar("T")
-SILENT_SECONDS = 30.0
 
 
 def show_artifact(config: Config, name: str, markdown: str, description: str) -> None:
@@ -40,24 +37,6 @@ def keep_going(work: Callable[[], object], left_out: str) -> None:
         work()
     except Exception as error:  # noqa: BLE001  (whatever Prefect's client raises, the run's result is in files)
         say(f"{left_out}, because Prefect does not take it: {_first_line(error)}")
-
-
-class BriefEventsClient(PrefectEventsClient):
-    """Prefect's client of events, which loses those that come within SILENT_SECONDS after one was not taken.
-
-    Prefect's own tries each of them ten times: a run of a few minutes took five more to end.
-    """
-
-    _silent_until = 0.0
-
-    async def _emit(self, event: Event) -> None:
-        if time.monotonic() < self._silent_until:
-            return
-        try:
-            await super()._emit(event)
-        except Exception:
-            self._silent_until = time.monotonic() + SILENT_SECONDS
-            raise
 
 
 def run_flow(flow: Flow[..., T], **parameters: Any) -> T:
@@ -80,7 +59,9 @@ def run_flow(flow: Flow[..., T], **parameters: Any) -> T:
         return value
 
     if os.environ.get("PREFECT_API_URL"):
-        EventsWorker.set_client_override(BriefEventsClient, reconnection_attempts=2)
+        # By default it tries each event ten times when the server is gone. No class of ours: of a client that
+        # it does not know, Prefect drops every event without a word.
+        EventsWorker.set_client_override(PrefectEventsClient, reconnection_attempts=2)
     twin = copy.copy(flow)
     twin.fn = watched
     try:

@@ -8,7 +8,10 @@ from typing import Any
 import httpx
 import pytest
 from prefect import Flow
+from prefect.events import emit_event
+from prefect.events.worker import EventsWorker
 from prefect.exceptions import TerminationSignal
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.outage import keep_going, run_flow
 from ratchet.errors import DataError, ServiceError
@@ -38,6 +41,21 @@ def test_what_a_flow_returned_or_raised_outlives_its_server(capsys: pytest.Captu
     with pytest.raises(DataError, match="-1 is negative"):
         run_flow(lost, number=-1)
     assert lost.fn is double, "the flow itself is as it was"
+
+
+def test_the_events_of_a_flow_reach_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefect drops those of a client that it does not know, and returns nothing for them."""
+    monkeypatch.setenv("PREFECT_API_URL", api := f"http://127.0.0.1:{free_port()}/api")
+    sent: list[str] = []
+    monkeypatch.setattr(EventsWorker, "send", lambda _, event: sent.append(event.event))
+    monkeypatch.setattr(EventsWorker, "_client_override", None)
+
+    def tell() -> None:
+        emit_event("ratchet.drift.detected", {"prefect.resource.id": "ratchet.project.pydoc"})
+
+    with temporary_settings({PREFECT_API_URL: api}):
+        run_flow(LosesItsServer(tell))
+    assert sent == ["ratchet.drift.detected"]
 
 
 def test_a_flow_that_could_not_begin_says_which_server_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
