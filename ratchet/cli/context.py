@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -28,6 +27,9 @@ Columns = Annotated[
 ]
 Query = Annotated[
     str | None, typer.Option("--query", metavar="SQL", help="The SELECT, where the rows are a database's.")
+]
+Draft = Annotated[
+    str | None, typer.Option(metavar="NAME", help="The reviewed draft; without it, all that are ready.")
 ]
 Like = Annotated[
     str | None,
@@ -106,12 +108,9 @@ def ready_root(*, clean: bool = True) -> Path:
 def _reconcile(root: Path) -> None:
     """Let MLflow's alias follow a promotion or rollback that was killed, if MLflow answers."""
     from ratchet.promotion.champion import alias_is_pending
-    from ratchet.services.environment import HEALTH, fetch_from
+    from ratchet.services.environment import mlflow_answers
 
-    if not alias_is_pending(root):
-        return
-    server = os.environ["MLFLOW_TRACKING_URI"]
-    if not server.startswith("http") or fetch_from(server, HEALTH["mlflow"]) is not None:
+    if alias_is_pending(root) and mlflow_answers():
         from tasks.promote import reconcile
 
         reconcile(root, note)

@@ -11,6 +11,7 @@ import typer
 
 from ratchet.cli.context import (
     Columns,
+    Draft,
     Json,
     Like,
     Query,
@@ -104,9 +105,7 @@ def gate_more(
     source: Annotated[str | None, typer.Option(help="Another source than a file, such as review.")] = None,
     columns: Columns = None,
     query: Query = None,
-    draft: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The reviewed draft; without it, all that are ready.")
-    ] = None,
+    draft: Draft = None,
     like: Like = None,
     as_json: Json = False,
 ) -> None:

@@ -9,6 +9,7 @@ import typer
 
 from ratchet.cli.context import (
     Columns,
+    Draft,
     Json,
     Like,
     Preview,
@@ -67,9 +68,7 @@ def ingest(
     columns: Columns = None,
     query: Query = None,
     packages: Annotated[str | None, typer.Option(help="Import names for pydoc, with commas.")] = None,
-    draft: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The reviewed draft; without it, all that are ready.")
-    ] = None,
+    draft: Draft = None,
     golden: Annotated[
         int, typer.Option(min=0, metavar="ROWS", help="Freeze that many rows as the golden set instead.")
     ] = 0,

@@ -113,6 +113,14 @@ def page_of(name: str, address: str) -> str:
     return f"{page}/deployments" if name == "deployments" else page
 
 
+def mlflow_answers() -> bool:
+    """Return whether MLflow answers where MLFLOW_TRACKING_URI says; a database needs no server to."""
+    server = os.environ.get("MLFLOW_TRACKING_URI", "")
+    return bool(server) and (
+        not server.startswith("http") or fetch_from(server, HEALTH["mlflow"]) is not None
+    )
+
+
 def fetch_from(address: str, path: str, headers: dict[str, str] | None = None) -> bytes | None:
     """Return the body of a 200 response of an address such as http://mlflow:5000; None for anything else."""
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from ratchet.config.params import Config
 from ratchet.errors import CommandError, ServiceError
 from ratchet.pipeline.checkout import git
 from ratchet.promotion.champion import FILE, Champion, alias_is_pending, read_champion, read_ledger
-from ratchet.services.environment import HEALTH, HOST, fetch_from, given_address
+from ratchet.services.environment import HEALTH, HOST, fetch_from, given_address, mlflow_answers
 from ratchet.serving.bundle import read_state
 from ratchet.tracking.registry import CHAMPION, get_alias
 from ratchet.verification.finding import Finding, judge
@@ -71,9 +70,7 @@ def _age(champion: Champion) -> float:
 
 def find_alias(root: Path, config: Config) -> Finding:
     """Check that MLflow's alias is at the champion, or that a note says that it has to follow."""
-    champion, server = read_champion(root), os.environ.get("MLFLOW_TRACKING_URI", "")
-    noted = alias_is_pending(root)
-    away = not server or (server.startswith("http") and fetch_from(server, HEALTH["mlflow"]) is None)
+    champion, noted, away = read_champion(root), alias_is_pending(root), not mlflow_answers()
     try:
         alias = None if away else get_alias(config.project.name, CHAMPION)
     except ServiceError:

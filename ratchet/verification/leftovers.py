@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections import Counter
 from contextlib import suppress
@@ -15,7 +14,7 @@ from ratchet.config.params import Config
 from ratchet.errors import ServiceError
 from ratchet.pipeline.checkout import dvc, git
 from ratchet.pipeline.workspace import LANDING, WORKSPACES, failed_workspaces, purpose_of, running
-from ratchet.services.environment import HEALTH, fetch_from
+from ratchet.services.environment import mlflow_answers
 from ratchet.tracking.mlflow import running_runs
 from ratchet.verification.finding import Finding, judge
 
@@ -56,8 +55,7 @@ def find_runs(root: Path, config: Config) -> Finding:
     """Check that no run is RUNNING in MLflow unless a retraining is under way."""
     if any(purpose == "retrain" for purpose, _ in running(root)):
         return Finding("runs", "unknown", "a retraining is under way")
-    server = os.environ.get("MLFLOW_TRACKING_URI", "")
-    away = not server or (server.startswith("http") and fetch_from(server, HEALTH["mlflow"]) is None)
+    away = not mlflow_answers()
     try:
         left = [] if away else running_runs(config.project.name)
     except ServiceError:
